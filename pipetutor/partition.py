@@ -1,0 +1,150 @@
+"""Where to cut: from a partition method to the bounds of every stage.
+
+Bounds such as ``0,16,22`` say that stage s holds the layers bounds[s] ... bounds[s+1]-1. DeepSpeed computes
+them inside the ranks; here they are computed before any process starts, from the packaged catalog of
+models, so that a cut that cannot train is refused at once. No torch: the launcher imports this.
+"""
+
+import functools
+import importlib.resources
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+METHODS = "parameters, uniform, type:REGEX, or bounds such as 0,16,22"
+
+
+class Layer(NamedTuple):
+    """One entry of a model's flat list: its class name and its number of trainable parameters."""
+
+    kind: str
+    parameters: int
+
+
+@functools.cache
+def catalog() -> dict[str, tuple[Layer, ...]]:
+    """Return the flat layer list of every torchvision model that ``join_layers`` accepts.
+
+    The file is written by ``python -m pipetutor.layers`` and held to torchvision by a test.
+    """
+    text = importlib.resources.files("pipetutor").joinpath("models.json").read_text()
+    return {name: tuple(Layer(*layer) for layer in layers) for name, layers in json.loads(text).items()}
+
+
+def uniform(count: int, stages: int) -> list[int]:
+    """Cut ``count`` layers so that each stage holds as many as any other; the first stages take the rest.
+
+    >>> uniform(22, 4)
+    [0, 6, 12, 17, 22]
+    """
+    size, rest = divmod(count, stages)
+    return [stage * size + min(stage, rest) for stage in range(stages + 1)]
+
+
+def balanced(weights: Sequence[int], stages: int) -> list[int]:
+    """Cut so that the heaviest and the lightest stage differ least, as DeepSpeed 0.19 does.
+
+    best(n, s) is the smallest spread (heaviest - lightest) of n layers in s stages; its last stage starts
+    at some k, and of equally good k the last is taken, as DeepSpeed's ``partition_balanced`` takes it:
+
+        best(n, s) = min over k of spread(best(k, s-1) + [weights[k] + ... + weights[n-1]])
+
+    >>> balanced([3, 1, 1, 1, 2], 2)
+    [0, 2, 5]
+    """
+    if len(weights) <= stages:
+        return [min(stage, len(weights)) for stage in range(stages + 1)]
+    total = [0, *itertools.accumulate(weights)]
+    best: dict[tuple[int, int], tuple[float, float, int]] = {(0, 0): (0, math.inf, 0)}
+    for end in range(1, len(weights) + 1):
+        for stage in range(1, min(end, stages) + 1):
+            spread = math.inf
+            for start in range(end):
+                if (start, stage - 1) not in best:
+                    continue
+                heaviest, lightest, _ = best[start, stage - 1]
+                load = total[end] - total[start]
+                heaviest, lightest = max(heaviest, load), min(lightest, load)
+                if heaviest - lightest <= spread:
+                    spread = heaviest - lightest
+                    best[end, stage] = heaviest, lightest, start
+    bounds = [len(weights)]
+    for stage in range(stages, 0, -1):
+        bounds.append(best[bounds[-1], stage][2])
+    return bounds[::-1]
+
+
+def _explicit(partition: str, count: int, stages: int) -> list[int]:
+    bounds = [int(number) for number in partition.split(",")]
+    example = ",".join(map(str, uniform(count, stages)))
+    if len(bounds) != stages + 1:
+        raise ValueError(
+            f"partition {partition} has {len(bounds)} bounds, but {stages} stages need {stages + 1}, "
+            f"for example {example}"
+        )
+    rises = all(low < high for low, high in itertools.pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != count or not rises:
+        raise ValueError(
+            f"partition {partition} must start at 0, rise, and end at {count}, the model's number of layers, "
+            f"for example {example}"
+        )
+    return bounds
+
+
+def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int]:
+    """Turn a partition method into bounds, refusing every cut that leaves a stage nothing to train.
+
+    Args:
+        layers: the model's flat list, from ``catalog()``.
+        stages: the number of pipeline stages P.
+        partition: ``parameters``, ``uniform``, ``type:REGEX`` (DeepSpeed's methods) or explicit bounds.
+
+    Returns:
+        P + 1 rising layer indices, from 0 to ``len(layers)``.
+
+    Raises:
+        ValueError: too many stages, an unknown method, bounds that do not fit, or a stage without weights.
+
+    >>> bounds_for(catalog()["alexnet"], 2, "parameters")
+    [0, 19, 22]
+    """
+    weights = [layer.parameters for layer in layers]
+    weighted = sum(weight > 0 for weight in weights)
+    if stages > len(layers):
+        raise ValueError(f"{stages} stages, but the model has {len(layers)} layers: use 1 to {weighted} stages")
+    if stages > weighted:
+        raise ValueError(
+            f"{stages} stages, but only {weighted} of the model's {len(layers)} layers have weights, and a stage "
+            f"without weights has nothing to train: use 1 to {weighted} stages"
+        )
+    if partition == "parameters":
+        bounds = balanced(weights, stages)
+    elif partition == "uniform":
+        bounds = uniform(len(layers), stages)
+    elif partition.startswith("type:"):
+        try:
+            pattern = re.compile(partition.removeprefix("type:"), re.IGNORECASE)
+        except re.error as error:
+            raise ValueError(f"partition {partition!r}: not a regular expression ({error})") from None
+        found = [int(bool(pattern.search(layer.kind))) for layer in layers]
+        if sum(found) < stages:
+            kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers if layer.parameters))
+            raise ValueError(
+                f"partition {partition!r} matches {sum(found)} layers, fewer than {stages} stages; "
+                f"layers with weights are {kinds}"
+            )
+        bounds = balanced(found, stages)
+    elif re.fullmatch(r"-?\d+(,-?\d+)*", partition):
+        bounds = _explicit(partition, len(layers), stages)
+    else:
+        raise ValueError(f"unknown partition {partition!r}: use {METHODS}")
+    for stage, (low, high) in enumerate(itertools.pairwise(bounds)):
+        if not any(weights[low:high]):
+            raise ValueError(
+                f"partition {partition} gives stage {stage} the layers {low} to {high - 1}, none of which has "
+                f"weights: use {','.join(map(str, balanced([int(w > 0) for w in weights], stages)))}"
+            )
+    return bounds

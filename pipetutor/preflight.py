@@ -1,0 +1,234 @@
+"""Everything that can be known to be wrong before a process starts.
+
+``launch`` and every rank call the same ``preflight``, so a cell and a terminal refuse the same things with
+the same words. No torch: it answers in milliseconds.
+"""
+
+import difflib
+import importlib.resources
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipetutor.partition import bounds_for, catalog
+
+DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
+BACKENDS = ("gloo", "nccl")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch arithmetic: train = micro x accumulation x replicas.
+
+    Attributes:
+        train: images a step, over all replicas (DeepSpeed's ``train_batch_size``).
+        micro: images a micro-batch (``train_micro_batch_size_per_gpu``).
+        accumulation: micro-batches a step and replica (``gradient_accumulation_steps``); a pipeline's M.
+        replicas: data-parallel copies.
+    """
+
+    train: int
+    micro: int
+    accumulation: int
+    replicas: int
+
+    def __str__(self) -> str:
+        return (
+            f"train batch {self.train} = micro-batch {self.micro} x {self.accumulation} micro-batches "
+            f"x {self.replicas} replica{'s' if self.replicas > 1 else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be, once nothing is wrong with it.
+
+    Attributes:
+        stages: pipeline stages P; 0 for the data-parallel baseline.
+        batch: the batch arithmetic.
+        bounds: partition bounds, P + 1 layer indices; empty for the baseline.
+        layers: class name of each layer; empty for the baseline.
+        backend: ``nccl`` or ``gloo``.
+        notice: what was decided for the user and why; empty when nothing was.
+    """
+
+    stages: int
+    batch: Batch
+    bounds: list[int]
+    layers: list[str]
+    backend: str
+    notice: str
+
+
+def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
+    """Return a whole DeepSpeed config.
+
+    Args:
+        config: a file's path, taken as it is; a dict, laid key by key over the packaged default; or None,
+            the packaged default: train batch 256, micro-batch 8, Adam 1e-3.
+
+    Raises:
+        ValueError: the file is missing, not JSON, or not an object (with file and line), or a key is unknown.
+    """
+    resources = importlib.resources.files("pipetutor")
+    default = json.loads(resources.joinpath("default_config.json").read_text())
+    if config is None:
+        return default
+    if isinstance(config, dict):
+        found = config
+        if {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} <= set(config):
+            default = {}
+        elif "gradient_accumulation_steps" in config:  # the default's train batch would contradict it
+            del default["train_batch_size"]
+        whole = default | config
+        source = "config"
+    else:
+        source = str(config)
+        try:
+            text = Path(config).read_text(encoding="utf-8")
+            found = whole = json.loads(text)
+        except OSError as error:
+            raise ValueError(f"config file {source}: {error.strerror}; give the path of a DeepSpeed JSON") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"config file {source}, line 1: not text; give a DeepSpeed JSON") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config file {source}, line {error.lineno}: not JSON ({error.msg})") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"config file {source}, line 1: holds a {type(found).__name__}, needs an object {{...}}")
+    known = json.loads(resources.joinpath("config_keys.json").read_text())
+    for key in found:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "see deepspeed.ai/docs/config-json"
+            raise ValueError(f"{source}: DeepSpeed has no config key {key!r}; {hint}")
+    return whole
+
+
+def _natural(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}: {least}, say")
+    return value
+
+
+def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
+    """Solve train = micro x accumulation x replicas for what the config leaves out, as DeepSpeed does.
+
+    Raises:
+        ValueError: a value is not a positive whole number, or the product does not hold; the message gives
+            the nearest triple that does.
+
+    >>> print(batch_arithmetic({"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8}, 2))
+    train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    given = [None if config.get(name) is None else _natural(name, config[name], 1) for name in names]
+    train, micro, accumulation = given
+    if train is None and micro is None:
+        raise ValueError("the config needs train_batch_size or train_micro_batch_size_per_gpu: 256 and 8, say")
+    if micro is None:
+        assert train is not None
+        micro = max(1, train // ((accumulation or 1) * replicas))
+    if accumulation is None:
+        accumulation = 1 if train is None else max(1, round(train / (micro * replicas)))
+    nearest = Batch(micro * accumulation * replicas, micro, accumulation, replicas)
+    if train not in (None, nearest.train):
+        raise ValueError(
+            f"train batch {train} is not micro-batch {micro} x {given[2] or 'a whole number of'} micro-batches x "
+            f"{replicas} replicas; the nearest that works: {nearest}"
+        )
+    return nearest
+
+
+def _one_of(name: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4) or known[:1]
+        listed = ", ".join(known) if len(known) < 12 else f"one of {len(known)}, from {known[0]} to {known[-1]}"
+        raise ValueError(f"unknown {name} {value!r}: try {close[0]!r} (there is {listed})")
+
+
+def preflight(
+    *,
+    ranks: int,
+    stages: int,
+    steps: int,
+    model: str,
+    dataset: str,
+    partition: str,
+    config: dict[str, Any],
+    backend: str | None,
+    gpus: int,
+    local_ranks: int | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Check a whole run and say what it will be.
+
+    Args:
+        ranks: processes of the job.
+        stages: pipeline stages P; 0 for the data-parallel baseline.
+        steps: train batches to run.
+        model: a model of ``partition.catalog()``.
+        dataset: ``cifar10`` or ``synthetic``.
+        partition: see ``partition.bounds_for``.
+        config: a whole DeepSpeed config, from ``read_config``.
+        backend: ``nccl``, ``gloo`` or None: nccl where CUDA can serve every rank, else gloo.
+        gpus: CUDA devices of this host.
+        local_ranks: ranks on this host; all of them where it is not given.
+        dropout: probability for every dropout layer, or None for the model's own.
+        seed: of weights and data order.
+
+    Raises:
+        ValueError: what was given, what is needed, and a value that would work.
+    """
+    _natural("stages", stages, 0)
+    _natural("ranks", ranks, 1)
+    _natural("steps", steps, 1)
+    _natural("seed", seed, 0)
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, but must be at least 0 and below 1: 0 turns it off")
+    if stages and ranks % stages:
+        fits = f"{ranks - ranks % stages} or " if ranks > stages else ""
+        raise ValueError(
+            f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {stages} stages: "
+            f"start {fits}{ranks + stages - ranks % stages} ranks (deepspeed --num_gpus N)"
+        )
+    _one_of("model", model, sorted(catalog()))
+    _one_of("dataset", dataset, sorted(DATASET_SIZES))
+    layers = catalog()[model]
+    bounds = bounds_for(layers, stages, partition) if stages else []
+    zero = config.get("zero_optimization", {})
+    zero_stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stages and zero_stage >= 2:
+        raise ValueError(
+            f"zero_optimization stage {zero_stage} cannot be combined with {stages} pipeline stages: ZeRO 2 and 3 "
+            "scatter each micro-batch's gradients, and a pipeline accumulates them whole until the step ends; "
+            "use stage 1 or 0"
+        )
+    batch = batch_arithmetic(config, ranks // stages if stages else ranks)
+    if batch.micro * batch.replicas > DATASET_SIZES[dataset]:
+        raise ValueError(
+            f"one micro-batch on every replica takes {batch.micro} x {batch.replicas} = "
+            f"{batch.micro * batch.replicas} images, but {dataset} has {DATASET_SIZES[dataset]}: use a micro-batch "
+            f"of at most {DATASET_SIZES[dataset] // batch.replicas}"
+        )
+    if backend is not None:
+        _one_of("backend", backend, list(BACKENDS))
+    local_ranks = local_ranks or ranks
+    if backend == "nccl" and gpus < local_ranks:
+        raise ValueError(
+            f"nccl needs one GPU for each of the {local_ranks} ranks, and this machine has {gpus}: "
+            + ("use at most " + str(gpus) + " ranks, or " if gpus else "")
+            + "leave the backend out (or --backend gloo) to run on the CPU"
+        )
+    notice = ""
+    if backend is None and 0 < gpus < local_ranks:
+        notice = f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"
+    return Plan(
+        stages=stages,
+        batch=batch,
+        bounds=bounds,
+        layers=[layer.kind for layer in layers] if stages else [],
+        backend=backend or ("nccl" if gpus >= local_ranks else "gloo"),
+        notice=notice,
+    )

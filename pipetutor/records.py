@@ -1,0 +1,186 @@
+"""The run directory: what a run was, and what happened in it.
+
+    runs/20261124-101502-p2r1/
+        run.json         command, topology, config, bounds, layers, versions, status
+        steps.jsonl      one line a step: step, loss, seconds, images_per_second
+        config.json      the DeepSpeed config of the run
+        failure_rank1.json   written by a rank that raised: when, what, where
+        logs/            what each rank printed, one file a rank
+
+The ranks and the supervisor write it; the launcher, the figures and the tests read it. Every file but the
+two that grow (steps, logs) appears whole or not at all. Standard library only.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` so that ``path`` holds all of it or does not change, even when the disk is full."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def create(parent: Path, name: str) -> Path:
+    """Make a new, empty run directory under ``parent``.
+
+    Raises:
+        ValueError: the directory cannot be made or written to; the message says where and why.
+    """
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    try:
+        for attempt in range(1, 1000):
+            directory = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+            try:
+                directory.mkdir(parents=True)
+            except FileExistsError:
+                if not directory.is_dir():  # a file stands where a directory must go
+                    raise
+                continue
+            write_json(directory / "run.json", {"status": "starting"})
+            return directory.resolve()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write runs to {parent}: {error.strerror or error}; free the disk or give another runs_dir"
+        ) from None
+    raise ValueError(f"cannot find a free name for a run in {parent}")
+
+
+def update(directory: Path, **fields: Any) -> None:
+    """Add or replace fields of ``run.json``. One process at a time writes: launcher, rank 0, supervisor."""
+    path = directory / "run.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, known | fields)
+
+
+def write_failure(directory: Path, rank: int, error: BaseException, trace: str) -> None:
+    """Keep what a rank raised, with the time, so that the first failure can be told from its consequences."""
+    record = {"rank": rank, "time": time.time(), "error": f"{type(error).__name__}: {error}", "traceback": trace}
+    write_json(directory / f"failure_rank{rank}.json", record)
+
+
+def read_failures(directory: Path) -> list[dict[str, Any]]:
+    """Return what ranks raised, the first first."""
+    found = [json.loads(path.read_text()) for path in directory.glob("failure_rank*.json")]
+    return sorted(found, key=lambda failure: failure["time"])
+
+
+class StepWriter:
+    """Appends one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
+
+    def __init__(self, directory: Path | None, train_batch: int):
+        self._train_batch = train_batch
+        self._file = open(directory / "steps.jsonl", "a", buffering=1) if directory else None
+
+    def write(self, step: int, loss: float, seconds: float) -> None:
+        """Write one step.
+
+        Args:
+            step: counted from 1.
+            loss: mean over the whole train batch, all micro-batches and replicas.
+            seconds: wall time of the step.
+        """
+        if self._file:
+            rate = self._train_batch / seconds
+            line = {"step": step, "loss": loss, "seconds": seconds, "images_per_second": rate}
+            self._file.write(json.dumps(line) + "\n")
+
+
+def read_steps(directory: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of ``steps.jsonl`` after the first ``start``, also while the run is writing."""
+    path = directory / "steps.jsonl"
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True)[start:]:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def log_path(directory: Path, rank: int) -> Path | None:
+    """Return the log of one rank, or None where it never started. The launcher puts the time in the name."""
+    return next(iter(sorted(directory.glob(f"logs/*_rank{rank}.log"))), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its directory.
+
+    >>> Run.load("runs/20261124-101502-p2r1").losses[-1]  # doctest: +SKIP
+    2.17
+
+    Attributes:
+        directory: where it is kept.
+        command: the terminal command that does the same work.
+        stages: pipeline stages P; 0 for the data-parallel baseline.
+        replicas: data-parallel copies.
+        losses: mean loss of each step, over the whole train batch.
+        seconds: wall time of each step.
+        train_batch: images a step, all replicas together.
+        micro_batch: images a micro-batch.
+        micro_batches: M, micro-batches a step and replica.
+        parts: partition bounds, P + 1 layer indices; empty for the baseline.
+        layers: class name of each layer of the flat model; empty for the baseline.
+        status: ``finished``, ``failed``, ``interrupted``, or ``running`` when nothing closed the record.
+        details: all of run.json: config, versions, machine.
+    """
+
+    directory: Path
+    command: str
+    stages: int
+    replicas: int
+    losses: list[float] = field(repr=False)
+    seconds: list[float] = field(repr=False)
+    train_batch: int
+    micro_batch: int
+    micro_batches: int
+    parts: list[int]
+    layers: list[str] = field(repr=False)
+    status: str
+    details: dict[str, Any] = field(repr=False)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Images a second, from the median step; the first step, which warms up, is left out."""
+        return self.train_batch / statistics.median(self.seconds[1:] or self.seconds)
+
+    def stage_layers(self, stage: int) -> list[str]:
+        """Return the class names of the layers that one stage held."""
+        return self.layers[self.parts[stage] : self.parts[stage + 1]]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Run":
+        """Read a run back.
+
+        Raises:
+            ValueError: the directory holds no run, or its record is damaged.
+        """
+        directory = Path(directory)
+        try:
+            details = json.loads((directory / "run.json").read_text())
+            steps = list(read_steps(directory))
+            return cls(
+                directory=directory,
+                losses=[step["loss"] for step in steps],
+                seconds=[step["seconds"] for step in steps],
+                details=details,
+                **{
+                    name: details[name]
+                    for name in ("command", "stages", "replicas", "train_batch", "micro_batch", "micro_batches")
+                },
+                parts=details["parts"],
+                layers=details["layers"],
+                status=details["status"],
+            )
+        except FileNotFoundError:
+            raise ValueError(f"{directory} holds no run: run.json is missing") from None
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{directory} holds a damaged or unfinished record: {error!r}") from None
