@@ -82,10 +82,18 @@ def check() -> list[tuple[str, str, str]]:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     rows = [
         ("CPU cores", str(cores), "" if cores >= 2 else "two stages will share one core: expect no speed-up"),
-        ("memory", f"{memory:.0f} GiB", "" if memory >= 7.5 else "two stages need about 8 GB: close programs"),
+        (
+            "memory",
+            f"{memory:.0f} GiB",
+            "" if memory >= 7.5 else "two stages need about 8 GB: close programs",
+        ),
         ("free disk", f"{free:.0f} GiB", "" if free >= 1 else "runs and data need 1 GB: free some space"),
         ("GPUs", str(gpus), "" if gpus >= 2 else "none needed: the pipeline runs on the CPU with gloo"),
-        ("C++ compiler", compiler or "none", "" if compiler else "none needed: no operation is compiled here"),
+        (
+            "C++ compiler",
+            compiler or "none",
+            "" if compiler else "none needed: no operation is compiled here",
+        ),
     ]
     pins = importlib.metadata.requires("pipetutor") or []
     for name, installed in versions().items():

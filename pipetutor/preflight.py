@@ -60,6 +60,19 @@ class Plan:
     backend: str
     notice: str
 
+    def record(self) -> dict[str, Any]:
+        """Return the plan as the fields of run.json."""
+        return {
+            "stages": self.stages,
+            "replicas": self.batch.replicas,
+            "train_batch": self.batch.train,
+            "micro_batch": self.batch.micro,
+            "micro_batches": self.batch.accumulation,
+            "parts": self.bounds,
+            "layers": self.layers,
+            "backend": self.backend,
+        }
+
 
 def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
     """Return a whole DeepSpeed config.

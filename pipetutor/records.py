@@ -56,16 +56,25 @@ def create(parent: Path, name: str) -> Path:
     raise ValueError(f"cannot find a free name for a run in {parent}")
 
 
+def read(directory: Path) -> dict[str, Any]:
+    """Return what ``run.json`` holds so far; nothing where there is none."""
+    path = directory / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def update(directory: Path, **fields: Any) -> None:
     """Add or replace fields of ``run.json``. One process at a time writes: launcher, rank 0, supervisor."""
-    path = directory / "run.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, known | fields)
+    write_json(directory / "run.json", read(directory) | fields)
 
 
 def write_failure(directory: Path, rank: int, error: BaseException, trace: str) -> None:
     """Keep what a rank raised, with the time, so that the first failure can be told from its consequences."""
-    record = {"rank": rank, "time": time.time(), "error": f"{type(error).__name__}: {error}", "traceback": trace}
+    record = {
+        "rank": rank,
+        "time": time.time(),
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": trace,
+    }
     write_json(directory / f"failure_rank{rank}.json", record)
 
 
@@ -76,11 +85,11 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
 
 
 class StepWriter:
-    """Appends one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
+    """Writes one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
 
     def __init__(self, directory: Path | None, train_batch: int):
         self._train_batch = train_batch
-        self._file = open(directory / "steps.jsonl", "a", buffering=1) if directory else None
+        self._file = (directory / "steps.jsonl").open("w", buffering=1) if directory else None
 
     def write(self, step: int, loss: float, seconds: float) -> None:
         """Write one step.
@@ -174,7 +183,14 @@ class Run:
                 details=details,
                 **{
                     name: details[name]
-                    for name in ("command", "stages", "replicas", "train_batch", "micro_batch", "micro_batches")
+                    for name in (
+                        "command",
+                        "stages",
+                        "replicas",
+                        "train_batch",
+                        "micro_batch",
+                        "micro_batches",
+                    )
                 },
                 parts=details["parts"],
                 layers=details["layers"],

@@ -1,0 +1,128 @@
+"""The data sets as torch sees them, and the order in which ranks read them.
+
+The order depends on the seed, the epoch and the number of replicas alone, never on the number of stages:
+the data-parallel baseline and every pipeline train on the same images in the same sequence.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision.transforms as transforms
+from deepspeed.utils import RepeatingLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.datasets import CIFAR10
+
+from pipetutor.fetch import DATA_DIR, FILES, prepare
+
+TRANSFORM = transforms.Compose(
+    [
+        transforms.Resize(256),
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+    ]
+)
+
+
+class Synthetic(CIFAR10):
+    """The drawn data set of ``pipetutor.synthetic``, read by CIFAR-10's own code."""
+
+    base_folder = FILES["synthetic"].folder
+    train_list = [["data_batch_1", FILES["synthetic"].md5["data_batch_1"]]]  # noqa: RUF012 (torchvision's form)
+    test_list = [["test_batch", FILES["synthetic"].md5["test_batch"]]]  # noqa: RUF012
+    meta = {  # noqa: RUF012
+        "filename": "batches.meta",
+        "key": "label_names",
+        "md5": FILES["synthetic"].md5["batches.meta"],
+    }
+
+
+DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "synthetic": Synthetic}
+
+
+def load(dataset: str, train: bool, local_rank: int, data_dir: str) -> Dataset[Any]:
+    """Open a data set; inside a job, the first rank of each host fetches while the others wait.
+
+    Hosts that share a file system wait for one another at a lock file, so one fetch serves all of them.
+
+    Args:
+        dataset: ``cifar10`` or ``synthetic``.
+        train: the training set, or else the test set.
+        local_rank: this process's number on its host; -1 outside a job.
+        data_dir: where the data is or will be.
+
+    Returns:
+        (image, label) pairs; the image is a float tensor (3, 224, 224), normalised as ImageNet is.
+
+    Raises:
+        pipetutor.fetch.DataError: the data cannot be had; see ``prepare``.
+    """
+    if local_rank <= 0:
+        prepare(dataset, data_dir)
+    if dist.is_initialized():
+        dist.barrier()
+    return DATASETS[dataset](data_dir, train=train, transform=TRANSFORM)
+
+
+def cifar_trainset(local_rank: int, dl_path: str = DATA_DIR) -> Dataset[Any]:
+    """Open CIFAR-10's training set, fetching it once where it is missing; see ``load``.
+
+    >>> len(cifar_trainset(local_rank=-1))  # doctest: +SKIP
+    50000
+    """
+    return load("cifar10", True, local_rank, dl_path)
+
+
+def cifar_testset(local_rank: int, dl_path: str = DATA_DIR) -> Dataset[Any]:
+    """Open CIFAR-10's test set, 10,000 images; otherwise as ``cifar_trainset``."""
+    return load("cifar10", False, local_rank, dl_path)
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Shuffles anew for every pass, of itself: nobody has to call ``set_epoch``.
+
+    Each replica reads every R-th image of one common permutation, so R replicas together take the same
+    images in each step as one replica would. What does not fill all replicas is dropped.
+    """
+
+    def __init__(self, dataset: Dataset[Any], replicas: int, replica: int, seed: int):
+        super().__init__(dataset, replicas, replica, shuffle=True, seed=seed, drop_last=True)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        self.set_epoch(self.epoch + 1)
+        return iter(order)
+
+
+def micro_batches(
+    dataset: Dataset[Any], micro_batch: int, replicas: int, replica: int, seed: int, device: torch.device
+) -> RepeatingLoader:
+    """Return an endless iterator of micro-batches, all of them full.
+
+    The ragged last micro-batch of a pass is dropped: a pipeline agrees on the shape of its activations
+    once, and a smaller one ends it.
+
+    Args:
+        dataset: (image, label) pairs.
+        micro_batch: images in each.
+        replicas: data-parallel copies R.
+        replica: which of them this is.
+        seed: of the order.
+        device: where training happens; workers load ahead for a GPU only, on a CPU they would take its cores.
+
+    Returns:
+        Yields [images (micro_batch, 3, 224, 224), labels (micro_batch)].
+    """
+    cuda = device.type == "cuda"
+    loader = DataLoader(
+        dataset,
+        batch_size=micro_batch,
+        sampler=EpochSampler(dataset, replicas, replica, seed),
+        drop_last=True,
+        num_workers=2 if cuda else 0,
+        persistent_workers=cuda,
+        pin_memory=cuda,
+    )
+    return RepeatingLoader(loader)

@@ -1,0 +1,237 @@
+"""What a cell runs: check, start DeepSpeed's launcher, show progress, record, and leave nothing behind."""
+
+import contextlib
+import json
+import os
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipetutor import fetch, machine, records
+from pipetutor.preflight import preflight, read_config
+from pipetutor.records import Run
+
+SUPERVISOR_SECONDS = 10
+
+
+class RunFailed(RuntimeError):
+    """A run ended before its last step; the message names the rank, its exit code and its last words."""
+
+
+def free_port() -> int:
+    """Return a TCP port that was free a moment ago; the system hands out another one each time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    stages: int = 2,
+    replicas: int = 1,
+    steps: int = 20,
+    *,
+    model: str = "alexnet",
+    dataset: str = "synthetic",
+    data_dir: str | Path = fetch.DATA_DIR,
+    partition: str = "parameters",
+    config: str | Path | dict[str, Any] | None = None,
+    dropout: float | None = None,
+    seed: int = 1138,
+    backend: str | None = None,
+    runs_dir: str | Path = "runs",
+) -> Run:
+    """Train in processes of their own, watch them, and return the record.
+
+    The exact ``deepspeed`` command is printed; typed in a terminal, it does the same work. Whatever ends
+    the call, an interrupt or the death of the kernel, no process stays.
+
+    Args:
+        stages: pipeline stages P; 0 trains the data-parallel baseline.
+        replicas: copies of the pipeline (or of the model, with stages=0), each on its own share of a batch.
+        steps: train batches to run.
+        model: ``alexnet`` or any model of ``pipetutor.partition.catalog()``.
+        dataset: ``synthetic`` (embedded) or ``cifar10`` (downloaded once).
+        data_dir: where the data is or will be.
+        partition: ``parameters``, ``uniform``, ``type:REGEX``, or bounds such as ``0,16,22``.
+        config: DeepSpeed config: a file's path, or a dict laid over the packaged default.
+        dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
+        seed: of weights, dropout and data order.
+        backend: ``nccl`` or ``gloo``; by default what the machine can serve.
+        runs_dir: where run directories are made.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: something asked for cannot work; nothing was started.
+        RunFailed: a rank failed.
+
+    >>> run = launch(stages=2, steps=20)  # doctest: +SKIP
+    >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
+    """
+    if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
+        raise ValueError(f"replicas is {replicas!r}, but must be a whole number of at least 1: 1, say")
+    whole_config = read_config(config)
+    ranks = max(stages, 1) * replicas if isinstance(stages, int) else 1
+    plan = preflight(
+        ranks=ranks,
+        stages=stages,
+        steps=steps,
+        model=model,
+        dataset=dataset,
+        partition=partition,
+        config=whole_config,
+        backend=backend,
+        gpus=machine.gpu_count(),
+        dropout=dropout,
+        seed=seed,
+    )
+    fetch.prepare(dataset, data_dir)
+    directory = records.create(Path(runs_dir), f"p{stages}r{replicas}")
+    try:
+        (directory / "logs").mkdir()
+        records.write_json(directory / "config.json", whole_config)
+        arguments = ["-p", str(stages), "-s", str(steps), "--seed", str(seed), "--backend", plan.backend]
+        arguments += ["--deepspeed_config", _short(directory / "config.json"), "--run-dir", _short(directory)]
+        optional = {
+            "--model": model if model != "alexnet" else None,
+            "--dataset": dataset if dataset != "synthetic" else None,
+            "--data-dir": data_dir if str(data_dir) != fetch.DATA_DIR else None,
+            "--partition": partition if partition != "parameters" else None,
+            "--dropout": dropout,
+        }
+        for flag, value in optional.items():
+            arguments += [flag, str(value)] if value is not None else []
+        command = _deepspeed(ranks, directory) + arguments
+        records.update(directory, command=shlex.join(command), **plan.record())
+    except OSError as error:
+        raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
+    for line in filter(None, [plan.notice, shlex.join(command)]):
+        print(line)
+    report = _watch(command, directory, ranks, steps)
+    if report["code"] != 0:
+        raise RunFailed(_explain(directory, report))
+    return Run.load(directory)
+
+
+def _short(path: Path) -> str:
+    """Return a path as a learner would type it: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _deepspeed(ranks: int, directory: Path) -> list[str]:
+    """Return DeepSpeed's launcher with its own options, on the GPUs that CUDA_VISIBLE_DEVICES allows."""
+    found = shutil.which("deepspeed")
+    here = Path(sys.executable).with_name("deepspeed")
+    name = "deepspeed" if found and Path(found).parent == here.parent else str(here)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(visible) >= ranks and all(device.strip().isdigit() for device in visible):
+        resources = ["--include", "localhost:" + ",".join(visible[:ranks])]
+    else:
+        resources = ["--num_gpus", str(ranks)]
+    logs = ["--enable_each_rank_log", _short(directory / "logs")]
+    return [name, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
+
+
+def _watch(command: list[str], directory: Path, ranks: int, steps: int) -> dict[str, Any]:
+    """Run the command under the supervisor, draw the bar, and return the supervisor's report."""
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # an interrupt of the kernel's group must not reach it
+    )
+    assert supervisor.stdin and supervisor.stdout
+    try:
+        with _bar(steps) as bar, selectors.DefaultSelector() as selector:
+            selector.register(supervisor.stdout, selectors.EVENT_READ)
+            ended = False
+            while not ended:
+                ended = bool(selector.select(timeout=0.2))
+                for step in records.read_steps(directory, start=bar.n):
+                    bar.set_postfix_str(f"loss {step['loss']:.3f}, {step['images_per_second']:.1f} images/s", False)
+                    bar.update()
+            bar.refresh()
+        output = supervisor.stdout.read()
+    finally:
+        # End of file tells the supervisor to kill the run; a second interrupt must not cut this short.
+        with _interrupts_held():
+            supervisor.stdin.close()
+            supervisor.wait(SUPERVISOR_SECONDS)
+            supervisor.stdout.close()
+    if not output:
+        raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
+    return json.loads(output)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Any:
+    try:
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which alone receives interrupts
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _bar(steps: int) -> tqdm:
+    """Return a progress bar for where this runs: a notebook, a terminal, or a file."""
+    style = {
+        "total": steps,
+        "unit": "step",
+        "bar_format": "{n_fmt}/{total_fmt} steps |{bar:30}| {elapsed}{postfix}",
+    }
+    if "ipykernel" in sys.modules:
+        return _CellBar(**style, file=open(os.devnull, "w"))
+    interactive = sys.stderr.isatty()
+    return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, steps // 20))
+
+
+class _CellBar(tqdm):
+    """A bar that is one output of its cell, changed in place: live in JupyterLab, and as it ended in a file."""
+
+    _handle: Any = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        from IPython.display import display
+
+        content = {"text/plain": str(self)}
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+
+def _explain(directory: Path, report: dict[str, Any]) -> str:
+    """Say which rank failed first, how, and what it said last."""
+    failures = records.read_failures(directory)
+    raised = {failure["rank"]: failure for failure in failures}
+    # A rank that raised failed when it said so; one that was killed, when it ended.
+    ends = [(raised.get(end["rank"], end)["time"], end["rank"], end["code"]) for end in report["ended"]]
+    ends += [(failure["time"], rank, None) for rank, failure in raised.items() if rank not in {e[1] for e in ends}]
+    bad = sorted((when, rank, code) for when, rank, code in ends if code or rank in raised)
+    log = directory / "logs" / "launcher.log"
+    head = f"the launcher ended with status {report['code']}"
+    if bad:
+        _, rank, code = bad[0]
+        log = records.log_path(directory, rank) or log
+        if code is not None and code < 0:
+            head = f"rank {rank} failed first: killed by {signal.Signals(-code).name} (exit code {code})"
+        else:
+            error = raised.get(rank, {}).get("error", "see its last lines")
+            head = f"rank {rank} failed first: {error} (exit code {code or 1})"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    last = [line for line in text.splitlines() if line.strip()][-15:]
+    return "\n".join([head, f"its last lines, from {log}:", *(f"    {line}" for line in last)])

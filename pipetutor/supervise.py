@@ -1,0 +1,141 @@
+"""The process that stands between a notebook and a run, so that no rank outlives what started it.
+
+    kernel --pipe--> supervisor --> deepspeed --> launcher --> rank 0, rank 1, ...
+
+The kernel may be interrupted, restarted or killed with SIGKILL, and ranks may ignore signals or leave the
+process group. The supervisor sees to the end of all of them:
+
+- It holds the read end of a pipe from the kernel. End of file means that the kernel closed it or is gone.
+- It is a child subreaper (prctl(2)): a descendant that loses its parent becomes its child, and none can
+  slip out of the tree that it kills.
+- It watches each rank through a pidfd, so it knows which one ended first, and with what.
+
+One JSON object on standard output is its report. Standard library and psutil only.
+"""
+
+import ctypes
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipetutor import records
+
+PR_SET_CHILD_SUBREAPER = 36
+GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
+
+
+def descendants() -> list[psutil.Process]:
+    """Return every process that this one is responsible for."""
+    return psutil.Process().children(recursive=True)
+
+
+def kill_descendants() -> None:
+    """Kill until none is left; a process may start another while it is being killed."""
+    while alive := descendants():
+        for process in alive:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        reap()
+        select.select([], [], [], 0.01)
+
+
+def reap() -> None:
+    """Collect ended children, adopted ones too, so that they do not stay as zombies."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def exit_code(pid: int) -> int | None:
+    """Read the exit code of a zombie: negative for a signal, None once its parent has collected it."""
+    try:
+        status = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[-1])
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+class Ranks:
+    """The ranks of the run among the descendants, and how each of them ended."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._pids: dict[int, tuple[int, int]] = {}  # pidfd -> (rank, pid)
+        self.ended: list[dict[str, Any]] = []
+
+    @property
+    def pidfds(self) -> list[int]:
+        """Readable when the rank behind it has ended."""
+        return list(self._pids)
+
+    def look(self) -> None:
+        """Find ranks that have started since the last look, by the RANK in their environment."""
+        if len(self._pids) + len(self.ended) >= self._count:
+            return
+        known = {rank for rank, _ in self._pids.values()} | {end["rank"] for end in self.ended}
+        for process in descendants():
+            try:
+                rank = int(process.environ().get("RANK", "-1"))
+                if rank >= 0 and rank not in known:
+                    known.add(rank)
+                    self._pids[os.pidfd_open(process.pid)] = (rank, process.pid)
+            except (psutil.Error, OSError, ValueError):
+                continue  # ended between listing and looking
+
+    def collect(self, readable: list[int]) -> None:
+        """Note the ranks behind these pidfds as ended."""
+        for pidfd in readable:
+            if pidfd in self._pids:
+                rank, pid = self._pids.pop(pidfd)
+                self.ended.append({"rank": rank, "pid": pid, "time": time.time(), "code": exit_code(pid)})
+                os.close(pidfd)
+
+
+def supervise(command: list[str], directory: Path, rank_count: int) -> dict[str, Any]:
+    """Run ``command`` until it ends, a rank dies, or standard input closes; then leave nothing running.
+
+    Args:
+        command: what to start; its output goes to ``directory/logs/launcher.log``.
+        directory: the run directory, whose status is closed here.
+        rank_count: ranks to expect.
+
+    Returns:
+        ``code`` of the command (None if it was killed here), ``cancelled``, and ``ended``: the ranks in the
+        order in which they ended, with pid, time and exit code.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ranks, deadline, cancelled = Ranks(rank_count), float("inf"), False
+    with open(directory / "logs" / "launcher.log", "wb") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    child_fd = os.pidfd_open(child.pid)
+    while child.poll() is None and time.monotonic() < deadline:
+        ranks.look()
+        readable, _, _ = select.select([sys.stdin, child_fd, *ranks.pidfds], [], [], 0.1)
+        ranks.collect([fd for fd in readable if isinstance(fd, int)])
+        if sys.stdin in readable and not os.read(sys.stdin.fileno(), 1):
+            cancelled = True
+            break
+        failed = any(end["code"] for end in ranks.ended) or any(directory.glob("failure_rank*.json"))
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
+    code = child.poll()
+    ranks.collect(select.select(ranks.pidfds, [], [], 0)[0])
+    kill_descendants()
+    if records.read(directory).get("status") != "finished" or code != 0:
+        records.update(directory, status="interrupted" if cancelled else "failed")
+    return {"code": code, "cancelled": cancelled, "ended": ranks.ended}
+
+
+if __name__ == "__main__":
+    print(json.dumps(supervise(sys.argv[3:], Path(sys.argv[1]), int(sys.argv[2]))), flush=True)
