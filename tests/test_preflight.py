@@ -1,0 +1,182 @@
+"""What is refused before a process starts: each with both numbers and a value that would work."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipetutor import launch
+from pipetutor.preflight import DATASET_SIZES, Batch, batch_arithmetic, preflight, read_config
+
+GOOD = dict(
+    ranks=2,
+    stages=2,
+    steps=1,
+    model="alexnet",
+    dataset="synthetic",
+    partition="parameters",
+    config={"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8},
+    backend=None,
+    gpus=0,
+)
+
+
+def test_a_good_run_is_planned():
+    plan = preflight(**GOOD)
+    assert (plan.bounds, plan.backend, plan.batch) == ([0, 19, 22], "gloo", Batch(256, 8, 32, 1))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(ranks=3), ["3 ranks", "2 stages", "2 or 4"]),
+        (dict(ranks=1), ["1 rank ", "2 stages", "2 ranks"]),
+        (dict(ranks=23, stages=23), ["23 stages", "22 layers", "1 to 8"]),
+        (dict(ranks=9, stages=9), ["9 stages", "only 8 ", "1 to 8"]),
+        (dict(steps=0), ["steps is 0", "at least 1"]),
+        (dict(stages=-1), ["stages is -1", "at least 0"]),
+        (dict(stages="2"), ["stages is '2'", "whole number"]),
+        (dict(model="alexnot"), ["alexnot", "try 'alexnet'"]),
+        (dict(model="resnet18"), ["resnet18", "try"]),
+        (dict(dataset="cifar100"), ["cifar100", "try 'cifar10'"]),
+        (dict(partition="best"), ["'best'", "parameters, uniform"]),
+        (dict(partition="type:("), ["type:(", "not a regular expression"]),
+        (dict(partition="type:lstm"), ["matches 0 layers", "2 stages", "Linear"]),
+        (dict(partition="1,16,22"), ["1,16,22", "start at 0", "22", "0,11,22"]),
+        (dict(partition="0,16,21"), ["0,16,21", "end at 22", "0,11,22"]),
+        (dict(partition="0,0,22"), ["0,0,22", "rise"]),
+        (dict(partition="0,22"), ["2 bounds", "2 stages need 3", "0,11,22"]),
+        (dict(partition="0,1,22", stages=2), None),
+        (dict(partition="0,1,3,22", stages=3, ranks=3), ["stage 1", "1 to 2", "weights", "use 0,"]),
+        (dict(config={"train_batch_size": 250, "train_micro_batch_size_per_gpu": 8}), ["250", "248 = ", "8 x 31"]),
+        (dict(config={}), ["train_batch_size", "256"]),
+        (dict(config={"train_batch_size": "auto"}), ["'auto'", "whole number"]),
+        (
+            dict(config=GOOD["config"] | {"zero_optimization": {"stage": 2}}),
+            ["stage 2", "2 pipeline stages", "stage 1 or 0"],
+        ),
+        (dict(config={"train_micro_batch_size_per_gpu": 2001}), ["2001", "2000", "at most 2000"]),
+        (dict(backend="mpi"), ["mpi", "gloo"]),
+        (dict(backend="nccl"), ["2 ranks", "has 0", "gloo"]),
+        (dict(backend="nccl", gpus=1), ["2 ranks", "has 1", "at most 1 ranks"]),
+        (dict(dropout=1.5), ["1.5", "below 1"]),
+    ],
+)
+def test_bad_input_is_refused_with_both_numbers(change, words):
+    if words is None:  # a control: this one is fine
+        preflight(**(GOOD | change))
+        return
+    with pytest.raises(ValueError) as caught:
+        preflight(**(GOOD | change))
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_zero_2_is_fine_without_a_pipeline():
+    preflight(**(GOOD | {"stages": 0, "config": GOOD["config"] | {"zero_optimization": {"stage": 2}}}))
+
+
+def test_too_few_gpus_choose_the_cpu_and_say_so():
+    plan = preflight(**(GOOD | {"gpus": 1}))
+    assert plan.backend == "gloo" and "1 GPU" in plan.notice and "2 ranks" in plan.notice
+    assert preflight(**(GOOD | {"gpus": 2})).backend == "nccl"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, ["No such file"]),
+        ('{\n"a": 1,,\n}', ["line 2", "not JSON"]),
+        ("[1]", ["line 1", "list", "object"]),
+        ('{"train_batchsize": 8}', ["train_batchsize", "did you mean 'train_batch_size'"]),
+        (b"\xff\xfe\x00", ["line 1", "not text"]),
+    ],
+)
+def test_a_bad_config_file_is_named_with_its_line(tmp_path, content, words):
+    path = tmp_path / "my config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as caught:
+        read_config(path)
+    for word in ["my config.json", *words]:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_dict_is_laid_over_the_default():
+    config = read_config({"train_batch_size": 32})
+    assert config["train_batch_size"] == 32 and config["optimizer"]["params"]["lr"] == 1e-3
+    assert batch_arithmetic(read_config({"gradient_accumulation_steps": 3}), 2) == Batch(48, 8, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "config, replicas, batch",
+    [
+        ({"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8}, 2, (256, 8, 16)),
+        ({"train_batch_size": 256, "gradient_accumulation_steps": 4}, 2, (256, 32, 4)),
+        ({"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4}, 2, (64, 8, 4)),
+        ({"train_batch_size": 256}, 4, (256, 64, 1)),
+        ({"train_micro_batch_size_per_gpu": 8}, 4, (32, 8, 1)),
+    ],
+)
+def test_what_the_config_leaves_out_is_solved(config, replicas, batch):
+    assert batch_arithmetic(config, replicas) == Batch(*batch, replicas)
+
+
+def test_launch_refuses_in_under_a_second_and_starts_nothing(runs):
+    script = (
+        "import sys, time; from pipetutor import launch\n"
+        "begin = time.perf_counter()\n"
+        "try: launch(stages=9)\n"
+        "except ValueError as error: print(time.perf_counter() - begin, 'torch' in sys.modules, error)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    seconds, torch_loaded, message = out.split(" ", 2)
+    assert float(seconds) < 1 and torch_loaded == "False" and "only 8" in message
+    assert not runs.exists()
+    with pytest.raises(ValueError, match="replicas is 0"):
+        launch(replicas=0)
+
+
+def test_torch_free_modules_import_in_a_third_of_a_second():
+    code = "import time; t = time.perf_counter(); import pipetutor, sys; s = time.perf_counter() - t\n"
+    code += "print(min(s, 9), 'torch' in sys.modules, 'deepspeed' in sys.modules)"
+    best = min(subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(3))
+    seconds, *loaded = best.split()
+    assert float(seconds) < 0.3 and loaded == ["False", "False"]
+
+
+def test_config_keys_are_those_that_deepspeed_asks_for(monkeypatch):
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    asked = set()
+
+    class Asked(dict):
+        def get(self, key, *default):
+            asked.add(key)
+            return super().get(key, *default)
+
+        def __contains__(self, key):
+            asked.add(key)
+            return super().__contains__(key)
+
+        def __getitem__(self, key):
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    DeepSpeedConfig(Asked(train_batch_size=8))
+    assert len(asked) > 40
+    read_config(dict.fromkeys(asked, 1) | {"zero_optimization": {}})
+    read_config(json.loads(json.dumps({"train_batch_size": 8})))
+
+
+def test_data_set_sizes_are_those_of_the_data_sets():
+    from pipetutor import synthetic
+
+    assert DATASET_SIZES["synthetic"] == synthetic.TRAIN
