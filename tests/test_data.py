@@ -1,0 +1,187 @@
+"""The data: verified, fetched once, never half there, and read in one order by everybody."""
+
+import hashlib
+import http.server
+import multiprocessing
+import os
+import shutil
+import tarfile
+import threading
+import time
+
+import pytest
+import torch
+import torchvision
+
+from pipetutor import data, fetch, synthetic
+from pipetutor.fetch import FILES, DataError, prepare, ready
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def test_md5_sums_are_torchvisions():
+    cifar = torchvision.datasets.CIFAR10
+    listed = dict([*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])])
+    assert FILES["cifar10"] == fetch.Files(cifar.base_folder, listed, cifar.filename, cifar.tgz_md5)
+
+
+def test_the_synthetic_set_is_drawn_once_and_read_by_torchvision(tmp_path):
+    prepare("synthetic", tmp_path)
+    train, test = (data.Synthetic(tmp_path, train=train) for train in (True, False))
+    assert (len(train), len(test), train.data.shape[1:]) == (synthetic.TRAIN, synthetic.TEST, (32, 32, 3))
+    assert tuple(train.classes) == synthetic.CLASSES
+    assert all(train.targets.count(label) == synthetic.TRAIN // 10 for label in range(10))
+    written = (tmp_path / FILES["synthetic"].folder).stat().st_mtime_ns
+    prepare("synthetic", tmp_path)
+    assert (tmp_path / FILES["synthetic"].folder).stat().st_mtime_ns == written
+    image, _ = data.load("synthetic", True, -1, str(tmp_path))[0]
+    assert image.shape == (3, 224, 224) and image.dtype == torch.float32
+
+
+def test_other_bytes_are_refused_after_drawing(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "SEED", 1)
+    with pytest.raises(DataError, match="md5"):
+        prepare("synthetic", tmp_path)
+    assert not (tmp_path / FILES["synthetic"].folder).exists()
+
+
+@pytest.mark.parametrize("harm", ["truncate", "alter", "remove"])
+def test_a_damaged_batch_file_is_named_and_kept(tmp_path, harm):
+    prepare("synthetic", tmp_path)
+    path = tmp_path / FILES["synthetic"].folder / "data_batch_1"
+    whole = path.read_bytes()
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-1] if harm == "truncate" else whole[:-1] + b"?")
+    with pytest.raises(DataError, match="data_batch_1"):
+        prepare("synthetic", tmp_path)
+    assert path.exists() == (harm != "remove")
+
+
+def test_a_damaged_archive_is_named_and_kept(tmp_path):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(b"half an archive")
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz is damaged"):
+        prepare("cifar10", tmp_path)
+    assert archive.read_bytes() == b"half an archive"
+
+
+def test_without_a_network_the_error_comes_soon_and_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    begin = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        prepare("cifar10", tmp_path)
+    assert time.monotonic() - begin < 30
+    for word in ("127.0.0.1:9", "--dataset synthetic", "cifar-10-python.tar.gz into"):
+        assert word in str(caught.value)
+
+
+def test_a_network_that_never_answers_ends_in_time(tmp_path, monkeypatch):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(fetch, "CONNECT_SECONDS", 1)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+        with pytest.raises(DataError, match="--dataset synthetic"):
+            prepare("cifar10", tmp_path)
+
+
+def pretend_cifar10(url: str, archive_md5: str) -> None:
+    """In this process, CIFAR-10 is a small archive that a local server has."""
+    cifar, drawn = torchvision.datasets.CIFAR10, FILES["synthetic"]
+    cifar.url, cifar.tgz_md5 = url, archive_md5
+    cifar.train_list = [["data_batch_1", drawn.md5["data_batch_1"]]]
+    cifar.test_list = [["test_batch", drawn.md5["test_batch"]]]
+    cifar.meta = cifar.meta | {"md5": drawn.md5["batches.meta"]}
+    FILES["cifar10"] = fetch.Files(cifar.base_folder, drawn.md5, cifar.filename, archive_md5)
+
+
+def cold_rank(rank: int, port: int, url: str, archive_md5: str, where: str) -> None:
+    pretend_cifar10(url, archive_md5)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=4)
+    assert len(data.cifar_trainset(rank, where)) == synthetic.TRAIN
+    assert len(data.cifar_testset(0, where)) == synthetic.TEST  # every rank a first one, as on four hosts
+    torch.distributed.destroy_process_group()
+
+
+def test_four_cold_ranks_cause_exactly_one_fetch(tmp_path):
+    from pipetutor.launch import free_port
+
+    folder = tmp_path / "served" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    synthetic.write(folder)
+    archive = tmp_path / "served" / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    shutil.rmtree(folder)
+    fetched = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(archive.parent))
+
+        def do_GET(self):
+            try:
+                super().do_GET()
+                fetched.append(self.path)
+            except ConnectionError:  # torchvision opens the address once more, to follow redirects
+                self.close_connection = True
+
+        def log_message(self, *args):
+            pass
+
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    where = str(tmp_path / "data of all")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, port = f"http://127.0.0.1:{server.server_address[1]}/{archive.name}", free_port()
+        ranks = [SPAWN.Process(target=cold_rank, args=(rank, port, url, md5, where)) for rank in range(4)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(90)
+        server.shutdown()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0, 0]
+    assert len(fetched) == 1
+    assert sorted(p.name for p in (tmp_path / "data of all").iterdir() if p.name[0] != ".") == [
+        "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+    ]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("size", [24, 25, 31])
+def test_passes_are_shuffled_anew_and_never_ragged(size, replicas):
+    def read(replicas):
+        images = torch.utils.data.TensorDataset(torch.arange(size), torch.arange(size))
+        loaders = [data.micro_batches(images, 2, replicas, r, 7, torch.device("cpu")) for r in range(replicas)]
+        return [torch.cat([next(loader)[0] for loader in loaders]) for _ in range(60 // replicas)]
+
+    batches = read(replicas)
+    assert all(len(batch) == 2 * replicas for batch in batches)
+    a_pass = size // replicas // 2
+    passes = [torch.cat(batches[i * a_pass : (i + 1) * a_pass]).tolist() for i in range(3)]
+    assert all(len(set(p)) == len(p) for p in passes), "an image twice in a pass"
+    assert passes[0] != passes[1] != passes[2]
+    alone = torch.cat(read(1))[: 2 * replicas]
+    assert sorted(alone.tolist()) == sorted(batches[0].tolist()), "replicas share the images of one"
+
+
+def test_a_full_or_read_only_disk_is_a_clear_error(tmp_path, monkeypatch):
+    place = tmp_path / "file"
+    place.write_text("not a directory")
+    with pytest.raises(DataError, match="cannot write the synthetic data to"):
+        prepare("synthetic", place)
+
+    def no_space(folder):
+        (folder / "data_batch_1").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(synthetic, "write", no_space)
+    with pytest.raises(DataError, match="No space left on device; free the disk"):
+        prepare("synthetic", tmp_path)
+    assert not ready("synthetic", tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
