@@ -222,6 +222,7 @@ def _describe(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """Say what this run is, for run.json."""
     return {
         "command": f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {' '.join(sys.argv[1:])}",
+        "model": args.model,
         "versions": versions(),
         "device": str(deepspeed.get_accelerator().current_device_name()),
         "threads_per_rank": torch.get_num_threads(),

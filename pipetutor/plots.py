@@ -1,0 +1,97 @@
+"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipetutor.partition import catalog
+from pipetutor.records import Run
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; a line style goes with each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":")
+HATCHES = ("", "///", "...", "xxx")
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:
+    """Show images with their labels.
+
+    Args:
+        images: (image, label) pairs; an image is what ``imshow`` takes.
+        columns: images in a row.
+    """
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(9, 1.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (image, label) in zip(grid.flat, images, strict=False):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(label, fontsize=9)
+    return figure
+
+
+def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
+    """Draw the loss of each step for one or more runs, the later ones dashed so that equal ones both show.
+
+    Args:
+        runs: a legend entry for each run.
+        chance: the loss of guessing, drawn as a horizontal line.
+    """
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, run) in enumerate(runs.items()):
+        steps = range(1, len(run.losses) + 1)
+        axes.plot(
+            steps,
+            run.losses,
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=STYLES[index % len(STYLES)],
+            linewidth=4 if index == 0 and len(runs) > 1 else 2,
+            alpha=0.6 if index == 0 and len(runs) > 1 else 1,
+        )
+    if chance is not None:
+        axes.axhline(chance, color="grey", linewidth=1, zorder=0)
+        axes.text(1, chance, "guessing", color="dimgrey", fontsize=9, va="bottom")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean loss of the train batch")
+    axes.set_ylim(bottom=0)
+    if len(runs) > 1 or chance is not None:
+        axes.legend(frameon=False)
+    _plain(axes)
+    return figure
+
+
+def stages(run: Run) -> Figure:
+    """Draw the flat list of layers, with its parameters, and which stage held which.
+
+    Args:
+        run: a pipeline run.
+    """
+    parameters = [layer.parameters / 1e6 for layer in catalog()[run.details["model"]]]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    top = max(parameters) * 1.2
+    for stage in range(run.stages):
+        low, high = run.parts[stage], run.parts[stage + 1]
+        colour = COLOURS[stage % len(COLOURS)]
+        axes.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.12, linewidth=0)
+        axes.bar(range(low, high), parameters[low:high], color=colour, hatch=HATCHES[stage % 4], edgecolor="white")
+        total = sum(parameters[low:high])
+        axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.1f} M", ha="center", va="top", color=colour)
+        if stage:
+            axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
+    axes.set_xticks(range(len(parameters)))
+    labels = [f"{kind} {index:2d}" for index, kind in enumerate(run.layers)]
+    axes.set_xticklabels(labels, rotation=90, fontsize=8)
+    axes.set_xlim(-0.5, len(parameters) - 0.5)
+    axes.set_ylim(0, top * 1.05)
+    axes.set_ylabel("million parameters")
+    _plain(axes)
+    return figure

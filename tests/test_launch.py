@@ -1,0 +1,282 @@
+"""Real runs: what they compute, how they fail, and that nothing of them stays."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import SMALL, processes_of
+
+from pipetutor import Run, RunFailed, launch
+from pipetutor.records import read_steps
+
+ENDS_WITHIN = 10
+
+
+def wait_until(condition, seconds=60):
+    """Wait for something that other processes do; fail when it does not come."""
+    done = threading.Event()
+    for _ in range(int(seconds * 10)):
+        if result := condition():
+            return result
+        done.wait(0.1)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+def script(runs: Path, body: str) -> subprocess.Popen:
+    """Start a Python process that stands for a kernel."""
+    head = f"from pipetutor import launch\nSMALL = {SMALL!r}\nRUNS = {str(runs)!r}\n"
+    return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(body)], stderr=subprocess.PIPE, text=True)
+
+
+def a_step_is_done(runs: Path):
+    return lambda: any(list(read_steps(directory)) for directory in runs.glob("*-p*"))
+
+
+def ranks_of(runs: Path) -> dict[int, psutil.Process]:
+    found = {}
+    for process in processes_of(runs.parent):
+        if "--local_rank=" in " ".join(process.cmdline()) and "RANK" in process.environ():
+            found[int(process.environ()["RANK"])] = process
+    return found
+
+
+LONG = "launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)"
+
+
+@pytest.mark.timeout(300)
+def test_every_topology_computes_what_one_process_computes(runs):
+    """Dropout off, fp32: baseline and 1 to 4 stages, same losses; two replicas read the same images."""
+    common = dict(steps=10, dropout=0.0, config=SMALL, runs_dir=runs)
+    base = launch(stages=0, **common)
+    assert len(base.losses) == 10 and base.parts == [] and base.status == "finished"
+    assert max(base.losses) - min(base.losses) > 1e-3
+    for stages in (1, 2, 3, 4):
+        run = launch(stages=stages, **common)
+        assert run.losses == pytest.approx(base.losses, abs=1e-5, rel=0), stages
+        assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
+    replicas = launch(stages=2, replicas=2, partition="0,16,22", **common)
+    assert (replicas.micro_batches, replicas.parts) == (1, [0, 16, 22])
+    # The first step has the same weights and images; each later one accumulates in another order.
+    assert replicas.losses == pytest.approx(base.losses, abs=1e-4, rel=0)
+
+
+def test_a_run_is_recorded_and_can_be_read_again(runs):
+    (runs.parent / "a path with spaces").mkdir()
+    run = launch(
+        steps=2, model="vgg11", partition="uniform", config=SMALL, runs_dir=runs.parent / "a path with spaces"
+    )
+    again = Run.load(run.directory)
+    assert again == run and run.samples_per_second > 0 and len(run.seconds) == 2
+    assert run.details["versions"]["deepspeed"] == "0.19.8" and run.details["device"] == "cpu"
+    assert run.stage_layers(0)[0] == "Conv2d" and run.stage_layers(1)[-1] == "Linear"
+    assert all((run.directory / name).exists() for name in ("config.json", "logs/launcher.log"))
+    assert len(list(run.directory.glob("logs/*_rank[01].log"))) == 2
+    assert "'a path with spaces" in run.command
+    with pytest.raises(ValueError, match="holds no run"):
+        Run.load(runs)
+
+
+def test_the_printed_command_does_the_same_work_alone(runs, capsys):
+    run = launch(steps=2, dropout=0.0, config=SMALL, runs_dir=runs)
+    assert run.command in capsys.readouterr().out
+    (run.directory / "steps.jsonl").unlink()
+    subprocess.run(run.command, shell=True, check=True, timeout=90, capture_output=True)
+    assert Run.load(run.directory).losses == run.losses
+
+
+def test_two_launches_at_once_with_port_29500_taken(runs):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 29500))
+        taken.listen()
+        both = [script(runs, "launch(stages=1, steps=1, config=SMALL, runs_dir=RUNS)") for _ in range(2)]
+        assert [process.wait(110) for process in both] == [0, 0]
+    assert len(list(runs.iterdir())) == 2
+
+
+def test_training_goes_on_over_the_ends_of_ragged_epochs(runs):
+    """2,000 images in micro-batches of 70: each pass drops its last 40, and 29 micro-batches cross an end."""
+    config = {"train_batch_size": 70 * 29, "train_micro_batch_size_per_gpu": 70, "wall_clock_breakdown": True}
+    run = launch(stages=2, steps=1, model="mobilenet_v3_small", config=config, runs_dir=runs)
+    assert run.micro_batches == 29 and len(run.losses) == 1
+
+
+def test_without_a_compiler_it_still_trains(runs, monkeypatch):
+    empty = runs.parent / "no compiler here"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(empty))
+    assert shutil.which("g++") is None
+    run = launch(stages=2, steps=1, config=SMALL, runs_dir=runs)
+    assert len(run.losses) == 1 and not list(empty.iterdir())
+
+
+def test_a_rank_that_raises_is_named(runs, tmp_path):
+    """A rank of two cannot write its step file: its own words, not its neighbour's complaint, are shown."""
+    kernel = script(
+        runs,
+        """
+        import os
+        os.environ["PYTHONPATH"] = os.getcwd()
+        launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)
+        """,
+    )
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+        import os, sys
+        if os.environ.get("RANK") == "1":
+            import torch.nn as nn
+            calls, forward = [], nn.CrossEntropyLoss.forward
+            def failing(self, *args):
+                calls.append(1)
+                if len(calls) > 3:
+                    raise ArithmeticError("the loss of the test")
+                return forward(self, *args)
+            nn.CrossEntropyLoss.forward = failing
+        """)
+    )
+    wait_until(lambda: any(runs.glob("*/failure_rank1.json")))
+    _, errors = kernel.communicate(timeout=ENDS_WITHIN)
+    assert kernel.returncode == 1
+    assert "rank 1 failed first: ArithmeticError: the loss of the test (exit code 1)" in errors
+    assert "_rank1.log" in errors and "RunFailed" in errors
+    assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_is_named_and_the_others_end(runs, victim):
+    kernel = script(runs, LONG)
+    wait_until(a_step_is_done(runs))
+    ranks_of(runs)[victim].kill()
+    _, errors = kernel.communicate(timeout=ENDS_WITHIN)
+    assert f"rank {victim} failed first: killed by SIGKILL (exit code -9)" in errors, errors
+    assert not processes_of(runs.parent)
+
+
+@pytest.mark.parametrize("end", ["interrupt", "kill"])
+def test_nothing_outlives_the_kernel(runs, end):
+    kernel = script(runs, LONG)
+    wait_until(a_step_is_done(runs))
+    assert len(ranks_of(runs)) == 2
+    kernel.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
+    wait_until(lambda: not [p for p in processes_of(runs.parent) if p.pid != kernel.pid], ENDS_WITHIN)
+    _, errors = kernel.communicate(timeout=ENDS_WITHIN)
+    assert ("KeyboardInterrupt" in errors) == (end == "interrupt")
+    assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "interrupted"
+
+
+def test_children_that_ignore_signals_and_leave_the_session_are_ended_too(runs, tmp_path):
+    code = "import signal, time, os; signal.signal(15, signal.SIG_IGN); os.setsid(); time.sleep(600)"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, subprocess, sys\n"
+        "if os.environ.get('RANK') == '0' and 'PIPETUTOR_CHILD' not in os.environ:\n"
+        f"    subprocess.Popen([sys.executable, '-c', {code!r}], env=os.environ | {{'PIPETUTOR_CHILD': '1'}})\n"
+    )
+    kernel = script(runs, 'import os\nos.environ["PYTHONPATH"] = os.getcwd()\n' + LONG)
+    wait_until(a_step_is_done(runs))
+    assert any("setsid" in " ".join(p.cmdline()) for p in processes_of(tmp_path) if p.pid != kernel.pid)
+    kernel.kill()
+    kernel.communicate()
+    wait_until(lambda: not processes_of(tmp_path), ENDS_WITHIN)
+
+
+def test_papermill_stopped_leaves_nothing(runs, tmp_path):
+    import nbformat
+
+    cell = f"from pipetutor import launch\nlaunch(steps=10_000, config={SMALL!r}, runs_dir={str(runs)!r})"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    nbformat.write(notebook, tmp_path / "long.ipynb")
+    papermill = subprocess.Popen(
+        [sys.executable, "-m", "papermill", "-k", "python3", "--cwd", ".", "long.ipynb", "out.ipynb"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(a_step_is_done(runs))
+    papermill.kill()
+    papermill.wait()
+    # The kernel notices that its parent is gone, and the supervisor that the kernel is.
+    wait_until(lambda: not processes_of(tmp_path), ENDS_WITHIN)
+
+
+@pytest.mark.parametrize("place", ["file", "full"])
+def test_runs_that_cannot_be_written_are_a_clear_error(runs, monkeypatch, place):
+    if place == "file":
+        runs.write_text("not a directory")
+    else:
+        real = Path.write_text
+
+        def full(path, *args, **kwargs):
+            real(path, "half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ValueError, match=r"cannot write runs to .*free the disk"):
+        launch(runs_dir=runs)
+    assert place == "file" or not [p for p in runs.glob("*/*")]
+
+
+def deepspeed(*arguments, cwd, ranks=None, timeout=100):
+    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    command += ["--num_gpus", str(ranks)] if ranks else []
+    return subprocess.run(
+        [*command, "--module", "pipetutor.train", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize("arguments, words", [(["-p", "2"], "3 ranks cannot be divided into 2 stages")])
+def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs, arguments, words):
+    done = deepspeed(*arguments, cwd=runs.parent, ranks=3)
+    lines = [line for line in done.stderr.splitlines() if "pipetutor:" in line]
+    assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("stages", [2, 0])
+def test_the_references_command_lines_work(runs, stages):
+    """`deepspeed train.py --deepspeed_config=ds_config.json -p 2 --steps=200`, here for a few images."""
+    config = {
+        "train_batch_size": 256,
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "Adam", "params": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}},
+        "steps_per_print": 10,
+        "wall_clock_breakdown": False,
+    }
+    (runs.parent / "ds_config.json").write_text(json.dumps(config))
+    arguments = ["--deepspeed_config=ds_config.json", "-p", str(stages), "--steps=1", "--run-dir", "recorded"]
+    done = deepspeed(*arguments, cwd=runs.parent, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run = Run.load(runs.parent / "recorded")
+    assert run.train_batch == 256 and run.status == "finished" and run.stages == stages
+    assert 2.2 < run.losses[0] < 2.4
+    assert "--deepspeed_config=ds_config.json" in run.command
+
+
+def test_the_bar_saves_few_lines_where_nobody_watches(runs):
+    kernel = script(runs, "launch(stages=1, steps=60, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)")
+    _, errors = kernel.communicate(timeout=100)
+    assert kernel.returncode == 0 and "60/60" in errors
+    assert len(re.findall("[\r\n]", errors)) < 30
+
+
+def test_a_failed_run_raises_in_the_cell_that_launched_it(runs):
+    os.environ["DS_ACCELERATOR"] = "no such accelerator"
+    try:
+        with pytest.raises(RunFailed, match="DS_ACCELERATOR must be one of"):
+            launch(steps=1, config=SMALL, runs_dir=runs)
+    finally:
+        del os.environ["DS_ACCELERATOR"]
