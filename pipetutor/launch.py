@@ -111,7 +111,7 @@ def launch(
         for flag, value in optional.items():
             arguments += [flag, str(value)] if value is not None else []
         command = _deepspeed(ranks, directory) + arguments
-        records.update(directory, command=shlex.join(command), model=model, **plan.record())
+        records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
     for line in filter(None, [plan.notice, shlex.join(command)]):

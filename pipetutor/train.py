@@ -89,13 +89,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def engine_config(args: argparse.Namespace) -> dict[str, Any]:
     """Return the DeepSpeed config as the engine gets it.
 
-    Two repairs and a matter of taste: DeepSpeed compiles its Adam at first use, which needs a compiler (and
-    nvcc on a GPU), so torch's AdamW takes its place, with DeepSpeed's default decay of 0 and not torch's
-    0.01; ``wall_clock_breakdown`` ends the pipeline engine of 0.19.8 ("timer has already been started");
-    steps are reported here, in one form for both modes.
+    What DeepSpeed 0.19.8 would do otherwise, and what is done about it:
+
+    - It compiles its Adam at first use, which needs a compiler, and nvcc on a GPU. torch's AdamW takes its
+      place, with DeepSpeed's default decay of 0 and not torch's 0.01.
+    - It clips gradients to a norm of 1 when nobody asked, and takes that norm over each stage alone: the
+      losses of a pipeline would depend on its cut. Clipping is off unless the config asks for it.
+    - ``wall_clock_breakdown`` ends its pipeline engine ("timer has already been started"). It is left out.
+    - It prints steps in its own form. They are printed here, in one form for both modes.
     """
-    config = read_config(args.deepspeed_config)
+    config = {"gradient_clipping": 0.0} | read_config(args.deepspeed_config)
     config["steps_per_print"] = None
+    if args.pipeline_parallel_size > 1 and config["gradient_clipping"]:
+        say("gradient_clipping: DeepSpeed clips each stage by its own norm, so the losses depend on the cut")
     optimizer = config.get("optimizer", {})
     if optimizer.get("type", "").lower() in ("adam", "adamw"):
         optimizer["params"] = {"torch_adam": True, "weight_decay": 0.0} | optimizer.get("params", {})
@@ -226,7 +232,7 @@ def _describe(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "versions": versions(),
         "device": str(deepspeed.get_accelerator().current_device_name()),
         "threads_per_rank": torch.get_num_threads(),
-        "engine_config": engine_config(args),
+        "config": read_config(args.deepspeed_config),
         **plan.record(),
     }
 

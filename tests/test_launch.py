@@ -55,7 +55,7 @@ LONG = "launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)"
 
 @pytest.mark.timeout(300)
 def test_every_topology_computes_what_one_process_computes(runs):
-    """Dropout off, fp32: baseline and 1 to 4 stages, same losses; two replicas read the same images."""
+    """Dropout off, fp32, Adam: the baseline and 1 to 4 stages have the same losses."""
     common = dict(steps=10, dropout=0.0, config=SMALL, runs_dir=runs)
     base = launch(stages=0, **common)
     assert len(base.losses) == 10 and base.parts == [] and base.status == "finished"
@@ -64,10 +64,17 @@ def test_every_topology_computes_what_one_process_computes(runs):
         run = launch(stages=stages, **common)
         assert run.losses == pytest.approx(base.losses, abs=1e-5, rel=0), stages
         assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
+
+
+def test_replicas_read_the_images_of_one_process(runs):
+    """With SGD: replicas add gradients up in another order, and Adam would make that rounding large."""
+    common = dict(steps=5, dropout=0.0, runs_dir=runs)
+    common["config"] = SMALL | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+    base = launch(stages=0, **common)
     replicas = launch(stages=2, replicas=2, partition="0,16,22", **common)
     assert (replicas.micro_batches, replicas.parts) == (1, [0, 16, 22])
-    # The first step has the same weights and images; each later one accumulates in another order.
-    assert replicas.losses == pytest.approx(base.losses, abs=1e-4, rel=0)
+    assert replicas.losses == pytest.approx(base.losses, abs=1e-5, rel=0)
+    assert max(base.losses) - min(base.losses) > 1e-3
 
 
 def test_a_run_is_recorded_and_can_be_read_again(runs):
