@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision.transforms as transforms
-from deepspeed.utils import RepeatingLoader
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CIFAR10
 
@@ -98,7 +97,7 @@ class EpochSampler(DistributedSampler[int]):
 
 def micro_batches(
     dataset: Dataset[Any], micro_batch: int, replicas: int, replica: int, seed: int, device: torch.device
-) -> RepeatingLoader:
+) -> Iterator[list[torch.Tensor]]:
     """Return an endless iterator of micro-batches, all of them full.
 
     The ragged last micro-batch of a pass is dropped: a pipeline agrees on the shape of its activations
@@ -115,6 +114,8 @@ def micro_batches(
     Returns:
         Yields [images (micro_batch, 3, 224, 224), labels (micro_batch)].
     """
+    from deepspeed.utils import RepeatingLoader  # here, so that a notebook can look at data without DeepSpeed
+
     cuda = device.type == "cuda"
     loader = DataLoader(
         dataset,

@@ -111,11 +111,27 @@ def test_two_launches_at_once_with_port_29500_taken(runs):
     assert len(list(runs.iterdir())) == 2
 
 
-def test_training_goes_on_over_the_ends_of_ragged_epochs(runs):
-    """2,000 images in micro-batches of 70: each pass drops its last 40, and 29 micro-batches cross an end."""
-    config = {"train_batch_size": 70 * 29, "train_micro_batch_size_per_gpu": 70, "wall_clock_breakdown": True}
-    run = launch(stages=2, steps=1, model="mobilenet_v3_small", config=config, runs_dir=runs)
-    assert run.micro_batches == 29 and len(run.losses) == 1
+def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
+    """Run this code at the start of every process that has a RANK."""
+    indented = textwrap.indent(textwrap.dedent(code), "    ")
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_training_goes_on_over_the_ends_of_ragged_epochs(runs, monkeypatch):
+    """25 images make 6 micro-batches of 4 and a ragged one; 5 steps of 4 micro-batches cross 3 ends."""
+    in_ranks(
+        runs.parent,
+        monkeypatch,
+        """
+        import pipetutor.data, torch
+        whole = pipetutor.data.load
+        pipetutor.data.load = lambda *args: torch.utils.data.Subset(whole(*args), range(25))
+        """,
+    )
+    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "wall_clock_breakdown": True}
+    run = launch(stages=3, steps=5, model="mobilenet_v3_small", config=config, runs_dir=runs)
+    assert run.micro_batches == 4 and len(run.losses) == 5
 
 
 def test_without_a_compiler_it_still_trains(runs, monkeypatch):
@@ -128,30 +144,23 @@ def test_without_a_compiler_it_still_trains(runs, monkeypatch):
     assert len(run.losses) == 1 and not list(empty.iterdir())
 
 
-def test_a_rank_that_raises_is_named(runs, tmp_path):
-    """A rank of two cannot write its step file: its own words, not its neighbour's complaint, are shown."""
-    kernel = script(
-        runs,
+def test_a_rank_that_raises_is_named(runs, monkeypatch):
+    """Its own words are shown, not its neighbour's complaint that the connection was closed."""
+    in_ranks(
+        runs.parent,
+        monkeypatch,
         """
-        import os
-        os.environ["PYTHONPATH"] = os.getcwd()
-        launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)
+        import torch.nn as nn
+        calls, forward = [], nn.CrossEntropyLoss.forward
+        def failing(self, *args):
+            calls.append(1)
+            if len(calls) > 3:
+                raise ArithmeticError("the loss of the test")
+            return forward(self, *args)
+        nn.CrossEntropyLoss.forward = failing
         """,
     )
-    (tmp_path / "sitecustomize.py").write_text(
-        textwrap.dedent("""
-        import os, sys
-        if os.environ.get("RANK") == "1":
-            import torch.nn as nn
-            calls, forward = [], nn.CrossEntropyLoss.forward
-            def failing(self, *args):
-                calls.append(1)
-                if len(calls) > 3:
-                    raise ArithmeticError("the loss of the test")
-                return forward(self, *args)
-            nn.CrossEntropyLoss.forward = failing
-        """)
-    )
+    kernel = script(runs, LONG)
     wait_until(lambda: any(runs.glob("*/failure_rank1.json")))
     _, errors = kernel.communicate(timeout=ENDS_WITHIN)
     assert kernel.returncode == 1
@@ -182,19 +191,23 @@ def test_nothing_outlives_the_kernel(runs, end):
     assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "interrupted"
 
 
-def test_children_that_ignore_signals_and_leave_the_session_are_ended_too(runs, tmp_path):
-    code = "import signal, time, os; signal.signal(15, signal.SIG_IGN); os.setsid(); time.sleep(600)"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, subprocess, sys\n"
-        "if os.environ.get('RANK') == '0' and 'PIPETUTOR_CHILD' not in os.environ:\n"
-        f"    subprocess.Popen([sys.executable, '-c', {code!r}], env=os.environ | {{'PIPETUTOR_CHILD': '1'}})\n"
+def test_children_that_ignore_signals_and_leave_the_session_are_ended_too(runs, monkeypatch):
+    in_ranks(
+        runs.parent,
+        monkeypatch,
+        """
+        import subprocess, sys
+        code = "import signal, time, os; signal.signal(15, signal.SIG_IGN); os.setsid(); time.sleep(600)"
+        clean = {name: value for name, value in os.environ.items() if name != "RANK"}
+        subprocess.Popen([sys.executable, "-c", code], env=clean)
+        """,
     )
-    kernel = script(runs, 'import os\nos.environ["PYTHONPATH"] = os.getcwd()\n' + LONG)
+    kernel = script(runs, LONG)
     wait_until(a_step_is_done(runs))
-    assert any("setsid" in " ".join(p.cmdline()) for p in processes_of(tmp_path) if p.pid != kernel.pid)
+    assert any("os.setsid()" in " ".join(p.cmdline()) for p in processes_of(runs.parent))
     kernel.kill()
     kernel.communicate()
-    wait_until(lambda: not processes_of(tmp_path), ENDS_WITHIN)
+    wait_until(lambda: not processes_of(runs.parent), ENDS_WITHIN)
 
 
 def test_papermill_stopped_leaves_nothing(runs, tmp_path):
