@@ -1,9 +1,11 @@
 """Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
 
+import io
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipetutor.partition import catalog
 from pipetutor.records import Run
@@ -12,6 +14,15 @@ from pipetutor.records import Run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "xxx")
+
+
+class Picture(Figure):
+    """A figure that a notebook shows once, as the value of its cell, whatever matplotlib's backend is."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=100)
+        return content.getvalue()
 
 
 def _plain(axes: Axes) -> None:
@@ -26,7 +37,7 @@ def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Fi
         columns: images in a row.
     """
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(9, 1.1 * rows), layout="constrained")
+    figure = Picture(figsize=(9, 1.1 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -43,7 +54,7 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
         runs: a legend entry for each run.
         chance: the loss of guessing, drawn as a horizontal line.
     """
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = Picture(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     for index, (name, run) in enumerate(runs.items()):
         steps = range(1, len(run.losses) + 1)
@@ -61,7 +72,8 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
         axes.text(1, chance, "guessing", color="dimgrey", fontsize=9, va="bottom")
     axes.set_xlabel("step")
     axes.set_ylabel("mean loss of the train batch")
-    axes.set_ylim(bottom=0)
+    axes.margins(y=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1 or chance is not None:
         axes.legend(frameon=False)
     _plain(axes)
@@ -75,7 +87,7 @@ def stages(run: Run) -> Figure:
         run: a pipeline run.
     """
     parameters = [layer.parameters / 1e6 for layer in catalog()[run.details["model"]]]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
     top = max(parameters) * 1.2
     for stage in range(run.stages):
