@@ -31,7 +31,7 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest
 
 lab: $(READY)
-	$(VENV)/bin/python -m jupyterlab notebooks/00_first_pipeline.ipynb
+	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_first_pipeline.ipynb
 
 clean:
 	rm -rf build runs notebooks/runs .pytest_cache .ruff_cache .mypy_cache
@@ -39,4 +39,6 @@ clean:
 $(READY): pyproject.toml
 	test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	# pip writes DeepSpeed's script with a first line that cannot hold a path with spaces
+	sed -i '1s|^#!.* .*|#!/usr/bin/env python3|' $(VENV)/bin/deepspeed
 	touch $@

@@ -83,7 +83,7 @@ class EpochSampler(DistributedSampler[int]):
     """Shuffles anew for every pass, of itself: nobody has to call ``set_epoch``.
 
     Each replica reads every R-th image of one common permutation, so R replicas together take the same
-    images in each step as one replica would. What does not fill all replicas is dropped.
+    images in a step as one replica would, until a pass ends: what does not fill all replicas is dropped.
     """
 
     def __init__(self, dataset: Dataset[Any], replicas: int, replica: int, seed: int):

@@ -1,6 +1,7 @@
 """What a cell runs: check, start DeepSpeed's launcher, show progress, record, and leave nothing behind."""
 
 import contextlib
+import io
 import json
 import os
 import selectors
@@ -131,14 +132,17 @@ def _deepspeed(ranks: int, directory: Path) -> list[str]:
     """Return DeepSpeed's launcher with its own options, on the GPUs that CUDA_VISIBLE_DEVICES allows."""
     found = shutil.which("deepspeed")
     here = Path(sys.executable).with_name("deepspeed")
-    name = "deepspeed" if found and Path(found).parent == here.parent else str(here)
+    if " " in str(here):  # the kernel cannot run a script whose first line names an interpreter with spaces
+        start = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    else:
+        start = ["deepspeed" if found and Path(found).parent == here.parent else str(here)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if len(visible) >= ranks and all(device.strip().isdigit() for device in visible):
         resources = ["--include", "localhost:" + ",".join(visible[:ranks])]
     else:
         resources = ["--num_gpus", str(ranks)]
     logs = ["--enable_each_rank_log", _short(directory / "logs")]
-    return [name, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
+    return [*start, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
 
 
 def _watch(command: list[str], directory: Path, ranks: int, steps: int) -> dict[str, Any]:
@@ -166,7 +170,8 @@ def _watch(command: list[str], directory: Path, ranks: int, steps: int) -> dict[
         # End of file tells the supervisor to kill the run; a second interrupt must not cut this short.
         with _interrupts_held():
             supervisor.stdin.close()
-            supervisor.wait(SUPERVISOR_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                supervisor.wait(SUPERVISOR_SECONDS)
             supervisor.stdout.close()
     if not output:
         raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
@@ -194,7 +199,7 @@ def _bar(steps: int) -> tqdm:
         "bar_format": "{n_fmt}/{total_fmt} steps |{bar:30}| {elapsed}{postfix}",
     }
     if "ipykernel" in sys.modules:
-        return _CellBar(**style, file=open(os.devnull, "w"))
+        return _CellBar(**style, file=io.StringIO())
     interactive = sys.stderr.isatty()
     return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, steps // 20))
 

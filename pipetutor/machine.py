@@ -38,7 +38,11 @@ def gpu_count(env: Mapping[str, str] = os.environ) -> int:
     except Exception:  # no NVML binding, no driver, no device: each of them means no GPU
         return 0
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    return present if visible is None else min(present, len([d for d in visible.split(",") if d.strip()]))
+    return (
+        present
+        if visible is None
+        else min(present, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+    )
 
 
 def versions() -> dict[str, str]:

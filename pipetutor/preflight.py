@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipetutor.partition import bounds_for, catalog
+from pipetutor.partition import METHODS, bounds_for, catalog
 
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
 BACKENDS = ("gloo", "nccl")
+OBJECTS = {
+    "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',
+    "scheduler": '{"type": "WarmupLR"}',
+    "zero_optimization": '{"stage": 1}',
+    "bf16": '{"enabled": true}',
+    "fp16": '{"enabled": true}',
+}
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,12 @@ def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
         return default
     if isinstance(config, dict):
         found = config
-        if {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} <= set(config):
-            default = {}
-        elif "gradient_accumulation_steps" in config:  # the default's train batch would contradict it
+        if "gradient_accumulation_steps" in config:  # the default's train batch would contradict it
             del default["train_batch_size"]
         whole = default | config
         source = "config"
+    elif not isinstance(config, str | Path):
+        raise ValueError(f"config is a {type(config).__name__}, but must be a file's path or a dict")
     else:
         source = str(config)
         try:
@@ -115,12 +122,15 @@ def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "see deepspeed.ai/docs/config-json"
             raise ValueError(f"{source}: DeepSpeed has no config key {key!r}; {hint}")
+    for key in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16"):
+        if key in found and not isinstance(found[key], dict):
+            raise ValueError(f"{source}: {key} is {found[key]!r}, but must be an object, as in {OBJECTS[key]}")
     return whole
 
 
-def _natural(name: str, value: Any, least: int) -> int:
+def _natural(name: str, value: Any, least: int, example: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}: {least}, say")
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}: {example}, say")
     return value
 
 
@@ -194,12 +204,15 @@ def preflight(
     Raises:
         ValueError: what was given, what is needed, and a value that would work.
     """
-    _natural("stages", stages, 0)
+    _natural("stages", stages, 0, example=2)
     _natural("ranks", ranks, 1)
     _natural("steps", steps, 1)
-    _natural("seed", seed, 0)
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, but must be at least 0 and below 1: 0 turns it off")
+    if _natural("seed", seed, 0) >= 2**32:
+        raise ValueError(f"seed is {seed}, but must be below 2**32 = {2**32}: 1138, say")
+    if dropout is not None and (isinstance(dropout, bool | str) or not 0 <= dropout < 1):
+        raise ValueError(f"dropout is {dropout!r}, but must be a number from 0 and below 1: 0 turns it off")
+    if not isinstance(partition, str):
+        raise ValueError(f"partition is {partition!r}, but must be a string: {METHODS}")
     if stages and ranks % stages:
         fits = f"{ranks - ranks % stages} or " if ranks > stages else ""
         raise ValueError(
@@ -210,8 +223,7 @@ def preflight(
     _one_of("dataset", dataset, sorted(DATASET_SIZES))
     layers = catalog()[model]
     bounds = bounds_for(layers, stages, partition) if stages else []
-    zero = config.get("zero_optimization", {})
-    zero_stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    zero_stage = _natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
     if stages and zero_stage >= 2:
         raise ValueError(
             f"zero_optimization stage {zero_stage} cannot be combined with {stages} pipeline stages: ZeRO 2 and 3 "

@@ -51,7 +51,7 @@ def create(parent: Path, name: str) -> Path:
             return directory.resolve()
     except OSError as error:
         raise ValueError(
-            f"cannot write runs to {parent}: {error.strerror or error}; free the disk or give another runs_dir"
+            f"cannot write runs to {parent}: {error.strerror or error}; give another runs_dir, or free the disk"
         ) from None
     raise ValueError(f"cannot find a free name for a run in {parent}")
 

@@ -7,11 +7,12 @@ After ``training/pipeline_parallelism/train.py`` of DeepSpeedExamples, whose nam
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -23,11 +24,18 @@ from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.fetch import DATA_DIR, DataError
 from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
-from pipetutor.machine import gpu_count, versions
+from pipetutor.machine import cpu_cores, gpu_count, versions
 from pipetutor.partition import METHODS
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, Plan, preflight, read_config
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and exit, once for each rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists every flag)")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,8 +43,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     Args:
         argv: the arguments; None takes those of the process.
+
+    Raises:
+        ValueError: a flag is unknown, or its value has the wrong type.
     """
-    parser = argparse.ArgumentParser(prog="pipetutor.train", description="AlexNet on CIFAR-10, in a pipeline")
+    parser = _Parser(prog="pipetutor.train", description="AlexNet on CIFAR-10, in a pipeline")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("-s", "--steps", type=int, default=100, help="train batches to run (default 100)")
     parser.add_argument(
@@ -208,15 +219,9 @@ def _relaunch(args: argparse.Namespace) -> None:
         f"1 rank for {stages} stages on the CPU: starting {stages} (deepspeed --num_gpus {stages})",
         flush=True,
     )
-    launched = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_SIZE",
-        "MASTER_PORT",
-        "OMP_NUM_THREADS",
-        "CUDA_VISIBLE_DEVICES",
-    )
+    if os.environ.get("OMP_NUM_THREADS") == str(cpu_cores()):  # set for this lone rank, not by the user
+        del os.environ["OMP_NUM_THREADS"]
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     env = {name: value for name, value in os.environ.items() if name not in launched}
     rest = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(stages)]
@@ -224,17 +229,23 @@ def _relaunch(args: argparse.Namespace) -> None:
     os.execve(sys.executable, command, env)
 
 
-def _describe(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    """Say what this run is, for run.json."""
-    return {
-        "command": f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {' '.join(sys.argv[1:])}",
-        "model": args.model,
-        "versions": versions(),
-        "device": str(deepspeed.get_accelerator().current_device_name()),
-        "threads_per_rank": torch.get_num_threads(),
-        "config": read_config(args.deepspeed_config),
+def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
+    """Say in run.json what this run is; a directory that held another run is taken over."""
+    command = f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {shlex.join(sys.argv[1:])}"
+    known = records.read(args.run_dir)
+    if known.get("status") == "starting":  # made by launch for this run
+        command = known["command"]
+    records.update(
+        args.run_dir,
+        status="running",
+        command=command,
+        model=args.model,
+        config=read_config(args.deepspeed_config),
+        versions=versions(),
+        device=str(deepspeed.get_accelerator().current_device_name()),
+        threads_per_rank=torch.get_num_threads(),
         **plan.record(),
-    }
+    )
 
 
 def main() -> None:
@@ -244,13 +255,13 @@ def main() -> None:
     silence with status 0, because the launcher ends the job at the first other status it sees, maybe
     before the first rank has spoken.
     """
-    args = get_args()
     rank = int(os.environ.get("RANK", "0"))
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    stages = args.pipeline_parallel_size
-    if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
-        _relaunch(args)
     try:
+        args = get_args()
+        args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+        stages = args.pipeline_parallel_size
+        if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
+            _relaunch(args)
         plan = make_plan(args)
     except ValueError as error:
         if rank == 0:
@@ -267,14 +278,15 @@ def main() -> None:
         if plan.notice:
             say(plan.notice)
         if args.run_dir and rank == 0:
-            known = records.read(args.run_dir)
-            records.update(args.run_dir, **(_describe(args, plan) | known | {"status": "running"}))
+            _begin_record(args, plan)
         if stages:
             train_pipe(args, ",".join(map(str, plan.bounds)))
         else:
             train_base(args)
         if args.run_dir and rank == 0:
-            records.update(args.run_dir, status="finished")
+            run = records.Run.load(args.run_dir)
+            result = {"loss": run.losses[-1], "images_per_second": run.samples_per_second}
+            records.update(args.run_dir, status="finished", result=result)
     except Exception as error:
         if args.run_dir:
             records.write_failure(args.run_dir, rank, error, traceback.format_exc())

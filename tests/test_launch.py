@@ -84,6 +84,7 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
     )
     again = Run.load(run.directory)
     assert again == run and run.samples_per_second > 0 and len(run.seconds) == 2
+    assert run.details["result"]["loss"] == run.losses[-1] and run.details["config"]["train_batch_size"] == 4
     assert run.details["versions"]["deepspeed"] == "0.19.8" and run.details["device"] == "cpu"
     assert run.stage_layers(0)[0] == "Conv2d" and run.stage_layers(1)[-1] == "Linear"
     assert all((run.directory / name).exists() for name in ("config.json", "logs/launcher.log"))
@@ -240,7 +241,7 @@ def test_runs_that_cannot_be_written_are_a_clear_error(runs, monkeypatch, place)
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ValueError, match=r"cannot write runs to .*free the disk"):
+    with pytest.raises(ValueError, match=r"cannot write runs to .*, or free the disk"):
         launch(runs_dir=runs)
     assert place == "file" or not [p for p in runs.glob("*/*")]
 
@@ -257,7 +258,13 @@ def deepspeed(*arguments, cwd, ranks=None, timeout=100):
     )
 
 
-@pytest.mark.parametrize("arguments, words", [(["-p", "2"], "3 ranks cannot be divided into 2 stages")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-p", "2"], "3 ranks cannot be divided into 2 stages"),
+        (["--steps", "many"], "argument -s/--steps: invalid int value: 'many'"),
+    ],
+)
 def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs, arguments, words):
     done = deepspeed(*arguments, cwd=runs.parent, ranks=3)
     lines = [line for line in done.stderr.splitlines() if "pipetutor:" in line]

@@ -61,6 +61,10 @@ def test_a_good_run_is_planned():
         (dict(backend="nccl"), ["2 ranks", "has 0", "gloo"]),
         (dict(backend="nccl", gpus=1), ["2 ranks", "has 1", "at most 1 ranks"]),
         (dict(dropout=1.5), ["1.5", "below 1"]),
+        (dict(dropout="high"), ["'high'", "number"]),
+        (dict(seed=2**32), ["below 2**32"]),
+        (dict(partition=[0, 16, 22]), ["[0, 16, 22]", "must be a string", "0,16,22"]),
+        (dict(config=GOOD["config"] | {"zero_optimization": {"stage": "1"}}), ["'1'", "whole number"]),
     ],
 )
 def test_bad_input_is_refused_with_both_numbers(change, words):
@@ -102,6 +106,17 @@ def test_a_bad_config_file_is_named_with_its_line(tmp_path, content, words):
         read_config(path)
     for word in ["my config.json", *words]:
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("config, words", [({"optimizer": "adam"}, "optimizer is 'adam'"), (5, "config is a int")])
+def test_a_config_of_the_wrong_shape_is_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        read_config(config)
+
+
+def test_all_three_batch_keys_keep_the_default_optimizer():
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert read_config(dict(zip(names, (8, 2, 4), strict=True)))["optimizer"]["type"] == "Adam"
 
 
 def test_a_dict_is_laid_over_the_default():
@@ -172,7 +187,7 @@ def test_config_keys_are_those_that_deepspeed_asks_for(monkeypatch):
 
     DeepSpeedConfig(Asked(train_batch_size=8))
     assert len(asked) > 40
-    read_config(dict.fromkeys(asked, 1) | {"zero_optimization": {}})
+    read_config(dict.fromkeys(asked, {}))
     read_config(json.loads(json.dumps({"train_batch_size": 8})))
 
 
