@@ -199,7 +199,7 @@ def _bar(steps: int) -> tqdm:
         "bar_format": "{n_fmt}/{total_fmt} steps |{bar:30}| {elapsed}{postfix}",
     }
     if "ipykernel" in sys.modules:
-        return _CellBar(**style, file=io.StringIO())
+        return _CellBar(**style, file=io.StringIO(), ascii=False)
     interactive = sys.stderr.isatty()
     return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, steps // 20))
 
