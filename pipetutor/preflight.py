@@ -122,9 +122,9 @@ def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "see deepspeed.ai/docs/config-json"
             raise ValueError(f"{source}: DeepSpeed has no config key {key!r}; {hint}")
-    for key in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16"):
+    for key, example in OBJECTS.items():
         if key in found and not isinstance(found[key], dict):
-            raise ValueError(f"{source}: {key} is {found[key]!r}, but must be an object, as in {OBJECTS[key]}")
+            raise ValueError(f"{source}: {key} is {found[key]!r}, but must be an object, as in {example}")
     return whole
 
 

@@ -263,12 +263,12 @@ def main() -> None:
         if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
             _relaunch(args)
         plan = make_plan(args)
-    except ValueError as error:
+        if args.run_dir and rank == 0:
+            args.run_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         if rank == 0:
             print(f"pipetutor: {error}", file=sys.stderr)
         sys.exit(2 if rank == 0 else 0)
-    if args.run_dir and rank == 0:
-        args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         # DeepSpeed would compile a shared-memory all-reduce here, 20 s and a C++ compiler, to no gain.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

@@ -263,6 +263,7 @@ def deepspeed(*arguments, cwd, ranks=None, timeout=100):
     [
         (["-p", "2"], "3 ranks cannot be divided into 2 stages"),
         (["--steps", "many"], "argument -s/--steps: invalid int value: 'many'"),
+        (["-p", "3", "--run-dir", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )
 def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs, arguments, words):
