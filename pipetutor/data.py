@@ -5,7 +5,7 @@ the data-parallel baseline and every pipeline train on the same images in the sa
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,24 +79,84 @@ def cifar_testset(local_rank: int, dl_path: str = DATA_DIR) -> Dataset[Any]:
     return load("cifar10", False, local_rank, dl_path)
 
 
+class Position(NamedTuple):
+    """How far the replicas together have read: what a checkpoint keeps, whatever their number.
+
+    Attributes:
+        epoch: passes completed.
+        images: images read in this pass, by all replicas together.
+    """
+
+    epoch: int = 0
+    images: int = 0
+
+    def after(self, micro_batches: int, size: int, micro_batch: int, replicas: int) -> "Position":
+        """Return the position once each replica has read so many micro-batches more.
+
+        >>> Position().after(7, size=25, micro_batch=4, replicas=1)  # 6 full micro-batches a pass
+        Position(epoch=1, images=4)
+        """
+        epoch, images = self
+        while micro_batches:
+            left = (size - images) // replicas // micro_batch
+            taken = min(left, micro_batches)
+            micro_batches -= taken
+            epoch, images = (epoch + 1, 0) if taken == left else (epoch, images + taken * micro_batch * replicas)
+        return Position(epoch, images)
+
+
 class EpochSampler(DistributedSampler[int]):
     """Shuffles anew for every pass, of itself: nobody has to call ``set_epoch``.
 
     Each replica reads every R-th image of one common permutation, so R replicas together take the same
     images in a step as one replica would, until a pass ends: what does not fill all replicas is dropped.
+    A first pass that begins in the middle gives what is left of it.
     """
 
-    def __init__(self, dataset: Dataset[Any], replicas: int, replica: int, seed: int):
-        super().__init__(dataset, replicas, replica, shuffle=True, seed=seed, drop_last=True)
+    def __init__(self, dataset: Dataset[Any], replicas: int, replica: int, seed: int, start: Position):
+        super().__init__(dataset, 1, 0, shuffle=True, seed=seed)
+        self._replicas, self._replica, self._skip = replicas, replica, start.images
+        self.set_epoch(start.epoch)
 
     def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())
+        left = list(super().__iter__())[self._skip :]
+        self._skip = 0
         self.set_epoch(self.epoch + 1)
-        return iter(order)
+        return iter(left[self._replica : len(left) // self._replicas * self._replicas : self._replicas])
+
+
+def loader(dataset: Dataset[Any], sampler: Any, micro_batch: int, device: torch.device) -> DataLoader[Any]:
+    """Return a loader of full micro-batches, which leaves torch's own random numbers alone.
+
+    Workers load ahead for a GPU only; on a CPU they would take its cores.
+
+    Args:
+        dataset: (image, label) pairs.
+        sampler: the order of their indices.
+        micro_batch: images in each micro-batch.
+        device: where they are needed.
+    """
+    cuda = device.type == "cuda"
+    return DataLoader(
+        dataset,
+        batch_size=micro_batch,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=2 if cuda else 0,
+        persistent_workers=cuda,
+        pin_memory=cuda,
+        generator=torch.Generator(),  # else each pass draws from the generator that dropout draws from
+    )
 
 
 def micro_batches(
-    dataset: Dataset[Any], micro_batch: int, replicas: int, replica: int, seed: int, device: torch.device
+    dataset: Dataset[Any],
+    micro_batch: int,
+    replicas: int,
+    replica: int,
+    seed: int,
+    device: torch.device,
+    start: Position = Position(),  # noqa: B008 (it cannot change)
 ) -> Iterator[list[torch.Tensor]]:
     """Return an endless iterator of micro-batches, all of them full.
 
@@ -109,21 +169,13 @@ def micro_batches(
         replicas: data-parallel copies R.
         replica: which of them this is.
         seed: of the order.
-        device: where training happens; workers load ahead for a GPU only, on a CPU they would take its cores.
+        device: where training happens.
+        start: where to begin; at the first pass's first image where it is not given.
 
     Returns:
         Yields [images (micro_batch, 3, 224, 224), labels (micro_batch)].
     """
     from deepspeed.utils import RepeatingLoader  # here, so that a notebook can look at data without DeepSpeed
 
-    cuda = device.type == "cuda"
-    loader = DataLoader(
-        dataset,
-        batch_size=micro_batch,
-        sampler=EpochSampler(dataset, replicas, replica, seed),
-        drop_last=True,
-        num_workers=2 if cuda else 0,
-        persistent_workers=cuda,
-        pin_memory=cuda,
-    )
-    return RepeatingLoader(loader)
+    sampler = EpochSampler(dataset, replicas, replica, seed, start)
+    return RepeatingLoader(loader(dataset, sampler, micro_batch, device))

@@ -17,7 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pipetutor import fetch, machine, records
-from pipetutor.preflight import preflight, read_config
+from pipetutor.diagnosis import diagnose
+from pipetutor.preflight import explain, preflight, read_config
 from pipetutor.records import Run
 
 SUPERVISOR_SECONDS = 10
@@ -47,6 +48,12 @@ def launch(
     dropout: float | None = None,
     seed: int = 1138,
     backend: str | None = None,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    resume: str | Path | None = None,
+    weights: str | Path | None = None,
+    fault: str | None = None,
+    deadline: float = 300,
     runs_dir: str | Path = "runs",
 ) -> Run:
     """Train in processes of their own, watch them, and return the record.
@@ -57,7 +64,7 @@ def launch(
     Args:
         stages: pipeline stages P; 0 trains the data-parallel baseline.
         replicas: copies of the pipeline (or of the model, with stages=0), each on its own share of a batch.
-        steps: train batches to run.
+        steps: train batches to run, those before a checkpoint included.
         model: ``alexnet`` or any model of ``pipetutor.partition.catalog()``.
         dataset: ``synthetic`` (embedded) or ``cifar10`` (downloaded once).
         data_dir: where the data is or will be.
@@ -66,6 +73,12 @@ def launch(
         dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
         seed: of weights, dropout and data order.
         backend: ``nccl`` or ``gloo``; by default what the machine can serve.
+        eval_every: evaluate on the whole test set every so many steps and at the end.
+        save_every: save a checkpoint every so many steps and at the end; the newest two are kept.
+        resume: a checkpoint, or a run directory, whose newest is meant; stages and replicas may differ.
+        weights: a torchvision ``state_dict`` file to start from.
+        fault: a fault to inject, such as ``stall:rank=1,step=3``; see ``pipetutor.faults``.
+        deadline: seconds without a completed step after which the run is ended and explained.
         runs_dir: where run directories are made.
 
     Returns:
@@ -73,7 +86,7 @@ def launch(
 
     Raises:
         ValueError: something asked for cannot work; nothing was started.
-        RunFailed: a rank failed.
+        RunFailed: a rank failed, or no step was completed within the deadline.
 
     >>> run = launch(stages=2, steps=20)  # doctest: +SKIP
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
@@ -94,7 +107,15 @@ def launch(
         gpus=machine.gpu_count(),
         dropout=dropout,
         seed=seed,
+        eval_every=eval_every,
+        save_every=save_every,
+        resume=resume,
+        fault=fault,
     )
+    if isinstance(deadline, bool | str) or not deadline > 0:
+        raise ValueError(f"deadline is {deadline!r}, but must be a number of seconds above 0: 300, say")
+    if weights is not None:
+        _check_weights(model, weights)
     fetch.prepare(dataset, data_dir)
     directory = records.create(Path(runs_dir), f"p{stages}r{replicas}")
     try:
@@ -108,6 +129,11 @@ def launch(
             "--data-dir": data_dir if str(data_dir) != fetch.DATA_DIR else None,
             "--partition": partition if partition != "parameters" else None,
             "--dropout": dropout,
+            "--eval-every": eval_every,
+            "--save-every": save_every,
+            "--resume": resume,
+            "--weights": weights,
+            "--fault": fault,
         }
         for flag, value in optional.items():
             arguments += [flag, str(value)] if value is not None else []
@@ -115,12 +141,23 @@ def launch(
         records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
-    for line in filter(None, [plan.notice, shlex.join(command)]):
+    for line in filter(None, [explain(whole_config, stages, replicas), plan.notice, shlex.join(command)]):
         print(line)
-    report = _watch(command, directory, ranks, steps)
+    report = _watch(command, directory, ranks, deadline, steps - plan.done)
     if report["code"] != 0:
-        raise RunFailed(_explain(directory, report))
-    return Run.load(directory)
+        raise RunFailed(diagnose(directory, report))
+    run = Run.load(directory)
+    if run.evaluations:
+        last = run.evaluations[-1]
+        print(f"test accuracy {last['accuracy']:.1%}: {last['correct']} of {last['images']} images")
+    return run
+
+
+def _check_weights(model: str, weights: str | Path) -> None:
+    from pipetutor.checkpoint import load_weights
+    from pipetutor.layers import build  # torch: loaded only by who brings weights
+
+    load_weights(build(model), weights)
 
 
 def _short(path: Path) -> str:
@@ -145,10 +182,10 @@ def _deepspeed(ranks: int, directory: Path) -> list[str]:
     return [*start, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
 
 
-def _watch(command: list[str], directory: Path, ranks: int, steps: int) -> dict[str, Any]:
+def _watch(command: list[str], directory: Path, ranks: int, deadline: float, steps: int) -> dict[str, Any]:
     """Run the command under the supervisor, draw the bar, and return the supervisor's report."""
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), *command],
+        [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), str(deadline), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -161,7 +198,7 @@ def _watch(command: list[str], directory: Path, ranks: int, steps: int) -> dict[
             ended = False
             while not ended:
                 ended = bool(selector.select(timeout=0.2))
-                for step in records.read_steps(directory, start=bar.n):
+                for step in records.read_lines(directory / records.STEPS, start=bar.n):
                     bar.set_postfix_str(f"loss {step['loss']:.3f}, {step['images_per_second']:.1f} images/s", False)
                     bar.update()
             bar.refresh()
@@ -217,26 +254,3 @@ class _CellBar(tqdm):
             self._handle = display(content, raw=True, display_id=True)
         else:
             self._handle.update(content, raw=True)
-
-
-def _explain(directory: Path, report: dict[str, Any]) -> str:
-    """Say which rank failed first, how, and what it said last."""
-    failures = records.read_failures(directory)
-    raised = {failure["rank"]: failure for failure in failures}
-    # A rank that raised failed when it said so; one that was killed, when it ended.
-    ends = [(raised.get(end["rank"], end)["time"], end["rank"], end["code"]) for end in report["ended"]]
-    ends += [(failure["time"], rank, None) for rank, failure in raised.items() if rank not in {e[1] for e in ends}]
-    bad = sorted((when, rank, code) for when, rank, code in ends if code or rank in raised)
-    log = directory / "logs" / "launcher.log"
-    head = f"the launcher ended with status {report['code']}"
-    if bad:
-        _, rank, code = bad[0]
-        log = records.log_path(directory, rank) or log
-        if code is not None and code < 0:
-            head = f"rank {rank} failed first: killed by {signal.Signals(-code).name} (exit code {code})"
-        else:
-            error = raised.get(rank, {}).get("error", "see its last lines")
-            head = f"rank {rank} failed first: {error} (exit code {code or 1})"
-    text = log.read_text(errors="replace") if log.exists() else ""
-    last = [line for line in text.splitlines() if line.strip()][-15:]
-    return "\n".join([head, f"its last lines, from {log}:", *(f"    {line}" for line in last)])

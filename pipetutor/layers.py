@@ -67,6 +67,17 @@ def join_layers(vision_model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def layer_names(model: nn.Module, layers: list[nn.Module]) -> list[str]:
+    """Return the model's own name for each layer of its flat list; empty for the flatten that was added.
+
+    >>> net = torchvision.models.alexnet()
+    >>> layer_names(net, join_layers(net))[-1]
+    'classifier.6'
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names.get(id(layer), "") for layer in layers]
+
+
 @torch.no_grad()
 def _prove(model: nn.Module, layers: list[nn.Module]) -> None:
     """Raise ValueError unless the layers, one after the other, compute what the model computes."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipetutor import checkpoint
+from pipetutor.faults import Fault
 from pipetutor.partition import METHODS, bounds_for, catalog
 
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
@@ -57,6 +59,7 @@ class Plan:
         bounds: partition bounds, P + 1 layer indices; empty for the baseline.
         layers: class name of each layer; empty for the baseline.
         backend: ``nccl`` or ``gloo``.
+        done: steps that the checkpoint holds from which the run resumes; 0 without one.
         notice: what was decided for the user and why; empty when nothing was.
     """
 
@@ -65,6 +68,7 @@ class Plan:
     bounds: list[int]
     layers: list[str]
     backend: str
+    done: int
     notice: str
 
     def record(self) -> dict[str, Any]:
@@ -78,6 +82,7 @@ class Plan:
             "parts": self.bounds,
             "layers": self.layers,
             "backend": self.backend,
+            "done": self.done,
         }
 
 
@@ -163,6 +168,35 @@ def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
     return nearest
 
 
+def explain(config: dict[str, Any], stages: int, replicas: int = 1) -> str:
+    """Explain the batch arithmetic with a run's own numbers, as ``launch`` and the command line print it.
+
+    Args:
+        config: a whole DeepSpeed config, from ``read_config``.
+        stages: pipeline stages P; 0 for the data-parallel baseline.
+        replicas: data-parallel copies.
+
+    Raises:
+        ValueError: see ``batch_arithmetic``.
+
+    >>> print(explain(read_config(None), stages=2, replicas=2))
+    train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas
+    gradient accumulation 16 = 256 / (8 x 2): it is the pipeline's M
+    P = 2, M = 16: stages of equal work idle (P-1)/(M+P-1) = 1/17 = 5.9 % of each step
+    """
+    batch = batch_arithmetic(config, replicas)
+    whose = "it is the pipeline's M" if stages else "gradients of so many micro-batches are added up, then one step"
+    m = batch.accumulation
+    lines = [str(batch), f"gradient accumulation {m} = {batch.train} / ({batch.micro} x {replicas}): {whose}"]
+    if stages:
+        idle, parts = stages - 1, m + stages - 1
+        lines.append(
+            f"P = {stages}, M = {m}: stages of equal work idle (P-1)/(M+P-1) = {idle}/{parts} = "
+            f"{100 * idle / parts:.1f} % of each step"
+        )
+    return "\n".join(lines)
+
+
 def _one_of(name: str, value: str, known: list[str]) -> None:
     if value not in known:
         close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4) or known[:1]
@@ -184,6 +218,10 @@ def preflight(
     local_ranks: int | None = None,
     dropout: float | None = None,
     seed: int = 0,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    resume: str | Path | None = None,
+    fault: str | None = None,
 ) -> Plan:
     """Check a whole run and say what it will be.
 
@@ -200,6 +238,10 @@ def preflight(
         local_ranks: ranks on this host; all of them where it is not given.
         dropout: probability for every dropout layer, or None for the model's own.
         seed: of weights and data order.
+        eval_every: steps between evaluations, or None for no evaluation.
+        save_every: steps between checkpoints, or None for no checkpoint.
+        resume: a checkpoint, or a run directory, to go on from.
+        fault: a fault to inject; see ``pipetutor.faults``.
 
     Raises:
         ValueError: what was given, what is needed, and a value that would work.
@@ -209,6 +251,9 @@ def preflight(
     _natural("steps", steps, 1)
     if _natural("seed", seed, 0) >= 2**32:
         raise ValueError(f"seed is {seed}, but must be below 2**32 = {2**32}: 1138, say")
+    for name, value in {"eval_every": eval_every, "save_every": save_every}.items():
+        if value is not None:
+            _natural(name, value, 1, example=10)
     if dropout is not None and (isinstance(dropout, bool | str) or not 0 <= dropout < 1):
         raise ValueError(f"dropout is {dropout!r}, but must be a number from 0 and below 1: 0 turns it off")
     if not isinstance(partition, str):
@@ -246,6 +291,15 @@ def preflight(
             + ("use at most " + str(gpus) + " ranks, or " if gpus else "")
             + "leave the backend out (or --backend gloo) to run on the CPU"
         )
+    done = 0
+    if resume is not None or save_every is not None:
+        _check_optimizer_can_be_saved(config, zero_stage)
+    if resume is not None:
+        manifest = checkpoint.verify(resume)
+        checkpoint.check_fits(manifest, checkpoint.identity(model, dataset, seed, config), steps)
+        done = manifest["step"]
+    if fault is not None:
+        Fault.parse(fault).check(ranks, stages, steps)
     notice = ""
     if backend is None and 0 < gpus < local_ranks:
         notice = f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"
@@ -255,5 +309,17 @@ def preflight(
         bounds=bounds,
         layers=[layer.kind for layer in layers] if stages else [],
         backend=backend or ("nccl" if gpus >= local_ranks else "gloo"),
+        done=done,
         notice=notice,
     )
+
+
+def _check_optimizer_can_be_saved(config: dict[str, Any], zero_stage: int) -> None:
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled"):
+            raise ValueError(f"{name} cannot be saved or resumed: its optimizer keeps copies without names; use fp32")
+    if zero_stage:
+        raise ValueError(
+            f"zero_optimization stage {zero_stage} cannot be saved or resumed: it splits each optimizer tensor over "
+            "replicas; use stage 0"
+        )

@@ -3,9 +3,12 @@
     runs/20261124-101502-p2r1/
         run.json         command, topology, config, bounds, layers, versions, status
         steps.jsonl      one line a step: step, loss, seconds, images_per_second
+        evaluations.jsonl    one line an evaluation: step, correct, images, accuracy, loss
         config.json      the DeepSpeed config of the run
         failure_rank1.json   written by a rank that raised: when, what, where
         logs/            what each rank printed, one file a rank
+        checkpoints/     what was saved; see pipetutor.checkpoint
+        heartbeat_rank0.json, stack_rank0.txt    see pipetutor.heartbeat
 
 The ranks and the supervisor write it; the launcher, the figures and the tests read it. Every file but the
 two that grow (steps, logs) appears whole or not at all. Standard library only.
@@ -19,6 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -84,12 +90,18 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda failure: failure["time"])
 
 
+def append(path: Path, content: Any) -> None:
+    """Add one line to a file of JSON lines; a reader sees all of it or nothing."""
+    with path.open("a") as file:
+        file.write(json.dumps(content) + "\n")
+
+
 class StepWriter:
     """Writes one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
 
     def __init__(self, directory: Path | None, train_batch: int):
         self._train_batch = train_batch
-        self._file = (directory / "steps.jsonl").open("w", buffering=1) if directory else None
+        self._file = (directory / STEPS).open("w", buffering=1) if directory else None
 
     def write(self, step: int, loss: float, seconds: float) -> None:
         """Write one step.
@@ -105,9 +117,8 @@ class StepWriter:
             self._file.write(json.dumps(line) + "\n")
 
 
-def read_steps(directory: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of ``steps.jsonl`` after the first ``start``, also while the run is writing."""
-    path = directory / "steps.jsonl"
+def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a file of JSON lines after the first ``start``, also while it is written."""
     if path.exists():
         for line in path.read_text().splitlines(keepends=True)[start:]:
             if line.endswith("\n"):
@@ -133,6 +144,8 @@ class Run:
         replicas: data-parallel copies.
         losses: mean loss of each step, over the whole train batch.
         seconds: wall time of each step.
+        first_step: the number of the first of these steps; 1, unless the run was resumed.
+        evaluations: a dict for each: step, correct, images, accuracy, loss.
         train_batch: images a step, all replicas together.
         micro_batch: images a micro-batch.
         micro_batches: M, micro-batches a step and replica.
@@ -148,6 +161,8 @@ class Run:
     replicas: int
     losses: list[float] = field(repr=False)
     seconds: list[float] = field(repr=False)
+    first_step: int
+    evaluations: list[dict[str, Any]] = field(repr=False)
     train_batch: int
     micro_batch: int
     micro_batches: int
@@ -159,7 +174,18 @@ class Run:
     @property
     def samples_per_second(self) -> float:
         """Images a second, from the median step; the first step, which warms up, is left out."""
-        return self.train_batch / statistics.median(self.seconds[1:] or self.seconds)
+        return self.train_batch / statistics.median(self.seconds[1:] or self.seconds or [float("inf")])
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that the last evaluation found right.
+
+        Raises:
+            ValueError: the run never evaluated.
+        """
+        if not self.evaluations:
+            raise ValueError("this run was never evaluated: launch it with eval_every=N")
+        return self.evaluations[-1]["accuracy"]
 
     def stage_layers(self, stage: int) -> list[str]:
         """Return the class names of the layers that one stage held."""
@@ -175,11 +201,13 @@ class Run:
         directory = Path(directory)
         try:
             details = json.loads((directory / "run.json").read_text())
-            steps = list(read_steps(directory))
+            steps = list(read_lines(directory / STEPS))
             return cls(
                 directory=directory,
                 losses=[step["loss"] for step in steps],
                 seconds=[step["seconds"] for step in steps],
+                first_step=steps[0]["step"] if steps else details.get("done", 0) + 1,
+                evaluations=list(read_lines(directory / EVALUATIONS)),
                 details=details,
                 **{
                     name: details[name]

@@ -9,6 +9,7 @@ process group. The supervisor sees to the end of all of them:
 - It is a child subreaper (prctl(2)): a descendant that loses its parent becomes its child, and none can
   slip out of the tree that it kills.
 - It watches each rank through a pidfd, so it knows which one ended first, and with what.
+- It reads the ranks' heartbeats, and ends a run that no longer gets on.
 
 One JSON object on standard output is its report. Standard library and psutil only.
 """
@@ -20,13 +21,15 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pipetutor import records
+from pipetutor import heartbeat, records
 
+STARTUP_SECONDS = 180.0  # to load torch, join, and read the data, however short the deadline is
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
 
@@ -75,6 +78,11 @@ class Ranks:
         self.ended: list[dict[str, Any]] = []
 
     @property
+    def pids(self) -> dict[int, int]:
+        """Rank -> process id, of those that are alive."""
+        return dict(self._pids.values())
+
+    @property
     def pidfds(self) -> list[int]:
         """Readable when the rank behind it has ended."""
         return list(self._pids)
@@ -102,24 +110,48 @@ class Ranks:
                 os.close(pidfd)
 
 
-def supervise(command: list[str], directory: Path, rank_count: int) -> dict[str, Any]:
-    """Run ``command`` until it ends, a rank dies, or standard input closes; then leave nothing running.
+class Progress:
+    """How long ago a rank last completed something, by the heartbeats; a run whose ranks all wait stands still."""
+
+    def __init__(self, directory: Path, ranks: int, deadline: float):
+        self._directory, self._ranks, self._deadline = directory, ranks, deadline
+        self._seen, self._moved, self._looked = -1, time.monotonic(), 0.0
+
+    def stalled(self) -> list[heartbeat.Beat]:
+        """Return the heartbeats of a run that made no progress within the deadline; none of any other."""
+        now = time.monotonic()
+        if now - self._looked < min(0.5, self._deadline / 4):
+            return []
+        self._looked = now
+        beats = heartbeat.read(self._directory)
+        progress = sum(beat.progress for beat in beats)
+        if progress != self._seen:
+            self._seen, self._moved = progress, now
+        begun = len(beats) == self._ranks and all(beat.phase != "starting" for beat in beats)
+        deadline = self._deadline if begun else max(self._deadline, STARTUP_SECONDS)
+        return beats if now - self._moved > deadline else []
+
+
+def supervise(command: list[str], directory: Path, rank_count: int, deadline: float) -> dict[str, Any]:
+    """Run ``command`` until it ends, a rank dies, it stalls or standard input closes; then leave nothing running.
 
     Args:
         command: what to start; its output goes to ``directory/logs/launcher.log``.
         directory: the run directory, whose status is closed here.
         rank_count: ranks to expect.
+        deadline: seconds without progress after which the run is ended.
 
     Returns:
-        ``code`` of the command (None if it was killed here), ``cancelled``, and ``ended``: the ranks in the
-        order in which they ended, with pid, time and exit code.
+        ``code`` of the command (None if it was killed here), ``cancelled``, ``ended``: the ranks in the order in
+        which they ended, with pid, time and exit code, and ``stalled``: every rank's last heartbeat, if it did.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    ranks, deadline, cancelled = Ranks(rank_count), float("inf"), False
+    ranks, progress = Ranks(rank_count), Progress(directory, rank_count, deadline)
+    end, cancelled, stalled = float("inf"), False, []
     with open(directory / "logs" / "launcher.log", "wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     child_fd = os.pidfd_open(child.pid)
-    while child.poll() is None and time.monotonic() < deadline:
+    while child.poll() is None and time.monotonic() < end and not stalled:
         ranks.look()
         readable, _, _ = select.select([sys.stdin, child_fd, *ranks.pidfds], [], [], 0.1)
         ranks.collect([fd for fd in readable if isinstance(fd, int)])
@@ -127,15 +159,20 @@ def supervise(command: list[str], directory: Path, rank_count: int) -> dict[str,
             cancelled = True
             break
         failed = any(end["code"] for end in ranks.ended) or any(directory.glob("failure_rank*.json"))
-        if failed and deadline == float("inf"):
-            deadline = time.monotonic() + GRACE_SECONDS
+        if failed and end == float("inf"):
+            end = time.monotonic() + GRACE_SECONDS
+        stalled = [] if failed else progress.stalled()
     code = child.poll()
     ranks.collect(select.select(ranks.pidfds, [], [], 0)[0])
+    if stalled:
+        beating = {beat.rank for beat in stalled}
+        heartbeat.ask_for_stacks(directory, {rank: pid for rank, pid in ranks.pids.items() if rank in beating})
     kill_descendants()
     if records.read(directory).get("status") != "finished" or code != 0:
         records.update(directory, status="interrupted" if cancelled else "failed")
-    return {"code": code, "cancelled": cancelled, "ended": ranks.ended}
+    return {"code": code, "cancelled": cancelled, "ended": ranks.ended, "stalled": [asdict(beat) for beat in stalled]}
 
 
 if __name__ == "__main__":
-    print(json.dumps(supervise(sys.argv[3:], Path(sys.argv[1]), int(sys.argv[2]))), flush=True)
+    report = supervise(sys.argv[4:], Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    print(json.dumps(report), flush=True)

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,14 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipetutor import data, records
+from pipetutor import checkpoint, faults, records
 from pipetutor.data import cifar_testset, cifar_trainset
+from pipetutor.engine import data_parallel, pipeline, say
 from pipetutor.fetch import DATA_DIR, DataError
+from pipetutor.heartbeat import Heartbeat
 from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
+from pipetutor.loop import Loop
 from pipetutor.machine import cpu_cores, gpu_count, versions
 from pipetutor.partition import METHODS
-from pipetutor.preflight import BACKENDS, DATASET_SIZES, Plan, preflight, read_config
+from pipetutor.preflight import BACKENDS, DATASET_SIZES, Plan, explain, preflight, read_config
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
 
@@ -65,18 +69,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--partition", default="parameters", help=METHODS)
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
     parser.add_argument("--run-dir", type=Path, help="record the run there")
+    parser.add_argument("--eval-every", type=int, help="evaluate on the test set every N steps and at the end")
+    parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
+    parser.add_argument("--resume", type=Path, help="a checkpoint, or a run directory: go on from its newest")
+    parser.add_argument("--weights", type=Path, help="start from this torchvision state_dict")
+    parser.add_argument("--fault", help=f"inject a fault ({', '.join(faults.KINDS)}), as in {faults.EXAMPLE}")
     return deepspeed.add_config_arguments(parser).parse_args(argv)
-
-
-class PipelineModule(deepspeed.pipe.PipelineModule):
-    """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22`` as its partition method."""
-
-    def _partition_layers(self, method: str = "uniform") -> None:
-        if method[0].isdigit():
-            self.parts = [int(bound) for bound in method.split(",")]
-            self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-        else:
-            super()._partition_layers(method)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -94,63 +92,18 @@ def make_plan(args: argparse.Namespace) -> Plan:
         gpus=gpu_count(),
         dropout=args.dropout,
         seed=args.seed,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        resume=args.resume,
+        fault=args.fault,
     )
 
 
-def engine_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the DeepSpeed config as the engine gets it.
-
-    What DeepSpeed 0.19.8 would do otherwise, and what is done about it:
-
-    - It compiles its Adam at first use, which needs a compiler, and nvcc on a GPU. torch's AdamW takes its
-      place, with DeepSpeed's default decay of 0 and not torch's 0.01.
-    - It clips gradients to a norm of 1 when nobody asked, and takes that norm over each stage alone: the
-      losses of a pipeline would depend on its cut. Clipping is off unless the config asks for it.
-    - ``wall_clock_breakdown`` ends its pipeline engine ("timer has already been started"). It is left out.
-    - It prints steps in its own form. They are printed here, in one form for both modes.
-    """
-    config = {"gradient_clipping": 0.0} | read_config(args.deepspeed_config)
-    config["steps_per_print"] = None
-    if args.pipeline_parallel_size > 1 and config["gradient_clipping"]:
-        say("gradient_clipping: DeepSpeed clips each stage by its own norm, so the losses depend on the cut")
-    optimizer = config.get("optimizer", {})
-    if optimizer.get("type", "").lower() in ("adam", "adamw"):
-        optimizer["params"] = {"torch_adam": True, "weight_decay": 0.0} | optimizer.get("params", {})
-    if args.pipeline_parallel_size and config.pop("wall_clock_breakdown", False):
-        say("wall_clock_breakdown is left out: DeepSpeed's pipeline engine does not support it")
-    return config
-
-
-def say(line: str) -> None:
-    """Print on the job's first rank alone."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def _start(args: argparse.Namespace, net: nn.Module) -> tuple[Any, Any]:
-    """Give the model to DeepSpeed; return the engine and its endless iterator of micro-batches."""
-    trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)
-    engine, *_ = deepspeed.initialize(
-        model=net,
-        model_parameters=[p for p in net.parameters() if p.requires_grad],
-        config=engine_config(args),
-    )
-    replicas = engine.dp_world_size
-    replica = engine.grid.get_data_parallel_rank() if args.pipeline_parallel_size else dist.get_rank()
-    micro_batch = engine.train_micro_batch_size_per_gpu()
-    return engine, data.micro_batches(trainset, micro_batch, replicas, replica, args.seed, engine.device)
-
-
-def _train(args: argparse.Namespace, engine: Any, one_step: Any) -> None:
-    """Run the steps; ``one_step()`` returns the mean loss over the whole train batch and all replicas."""
-    first = dist.get_rank() == 0
-    writer = records.StepWriter(args.run_dir if first else None, engine.train_batch_size())
-    for step in range(1, args.steps + 1):
-        begin = time.perf_counter()
-        loss = float(one_step())
-        writer.write(step, loss, time.perf_counter() - begin)
-        if step % 10 == 0:
-            say(f"step: {step:3d} / {args.steps:3d} loss: {loss:.6f}")
+def _model(args: argparse.Namespace) -> nn.Module:
+    model = build(args.model, dropout=args.dropout)
+    if args.weights:
+        checkpoint.load_weights(model, args.weights)
+    return model
 
 
 def train_base(args: argparse.Namespace) -> Any:
@@ -162,12 +115,13 @@ def train_base(args: argparse.Namespace) -> Any:
     Returns:
         The DeepSpeed engine, trained for ``args.steps`` train batches.
     """
+    heart = Heartbeat(args.run_dir, dist.get_rank())
     torch.manual_seed(args.seed)
-    engine, micro_batches = _start(args, build(args.model, dropout=args.dropout))
+    engine = data_parallel(_model(args), read_config(args.deepspeed_config))
     criterion = nn.CrossEntropyLoss()
     accumulation = engine.gradient_accumulation_steps()
 
-    def one_step() -> torch.Tensor:
+    def one_step(micro_batches: Iterator[list[torch.Tensor]]) -> torch.Tensor:
         total = torch.zeros((), device=engine.device)
         for _ in range(accumulation):
             images, labels = next(micro_batches)
@@ -178,7 +132,7 @@ def train_base(args: argparse.Namespace) -> Any:
         dist.all_reduce(total)
         return total / (accumulation * dist.get_world_size())
 
-    _train(args, engine, one_step)
+    Loop(args, engine, heart).run(one_step)
     return engine
 
 
@@ -195,16 +149,10 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     Returns:
         The DeepSpeed pipeline engine, trained for ``args.steps`` train batches.
     """
+    heart = Heartbeat(args.run_dir, dist.get_rank())
     deepspeed.runtime.utils.set_random_seed(args.seed)
-    net = PipelineModule(
-        layers=join_layers(build(args.model, dropout=args.dropout)),
-        loss_fn=nn.CrossEntropyLoss(),
-        num_stages=args.pipeline_parallel_size,
-        partition_method=part,
-        activation_checkpoint_interval=0,
-    )
-    engine, micro_batches = _start(args, net)
-    _train(args, engine, lambda: engine.train_batch(data_iter=micro_batches))
+    engine = pipeline(_model(args), args.pipeline_parallel_size, part, read_config(args.deepspeed_config))
+    Loop(args, engine, heart).run(lambda micro_batches: engine.train_batch(data_iter=micro_batches))
     return engine
 
 
@@ -235,6 +183,7 @@ def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
     known = records.read(args.run_dir)
     if known.get("status") == "starting":  # made by launch for this run
         command = known["command"]
+    (args.run_dir / records.EVALUATIONS).unlink(missing_ok=True)
     records.update(
         args.run_dir,
         status="running",
@@ -263,6 +212,8 @@ def main() -> None:
         if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
             _relaunch(args)
         plan = make_plan(args)
+        if args.save_every and not args.run_dir:
+            raise ValueError("--save-every needs a place to save to: give --run-dir, too")
         if args.run_dir and rank == 0:
             args.run_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -275,6 +226,7 @@ def main() -> None:
         deepspeed.init_distributed(dist_backend=plan.backend)
         if plan.backend == "nccl":
             torch.cuda.set_device(args.local_rank)
+        say(explain(read_config(args.deepspeed_config), stages, plan.batch.replicas))
         if plan.notice:
             say(plan.notice)
         if args.run_dir and rank == 0:
@@ -285,12 +237,13 @@ def main() -> None:
             train_base(args)
         if args.run_dir and rank == 0:
             run = records.Run.load(args.run_dir)
-            result = {"loss": run.losses[-1], "images_per_second": run.samples_per_second}
-            records.update(args.run_dir, status="finished", result=result)
+            result = {"loss": run.losses[-1], "images_per_second": run.samples_per_second} if run.losses else {}
+            accuracy = {"accuracy": run.accuracy} if run.evaluations else {}
+            records.update(args.run_dir, status="finished", result=result | accuracy)
     except Exception as error:
         if args.run_dir:
             records.write_failure(args.run_dir, rank, error, traceback.format_exc())
-        if isinstance(error, DataError):
+        if isinstance(error, DataError | checkpoint.CheckpointError):
             print(f"pipetutor: {error}", file=sys.stderr)
             sys.exit(2)
         raise

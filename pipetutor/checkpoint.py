@@ -1,0 +1,325 @@
+"""What a run learned, kept: save, resume on any number of stages and replicas, export.
+
+    checkpoints/step-000020/
+        checkpoint.json            model, step, position in the data, seed, optimizer, sha256 of each file
+        shard-00001-….safetensors  what rank 0 holds: weights, optimizer state, random numbers
+
+torch.distributed.checkpoint writes and reads the tensors under the names of torchvision's ``state_dict``
+(``model.features.0.weight``, ``optimizer.features.0.weight.exp_avg``), so a stage finds its own whatever the
+stages were before. The files are safetensors, which hold numbers alone: DCP's own format is read back
+with pickle, which executes what a file tells it to.
+
+A checkpoint is made in a hidden directory and gets its name in one step, once all of it is on disk. torch is
+imported only where tensors are touched: ``launch`` checks a checkpoint before it starts anything.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pipetutor.records import write_json
+
+KEEP = 2  # AlexNet with Adam is 0.7 GB a checkpoint
+MANIFEST = "checkpoint.json"
+NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not there, damaged or of something else; the message says which and what to do."""
+
+
+def find(path: str | Path) -> Path:
+    """Return the checkpoint that ``path`` means: itself, or the newest one of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return path
+    found = [entry for entry in path.glob("checkpoints/step-*") if NAME.fullmatch(entry.name)]
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no checkpoint: give a run directory that was saved into (save_every=N), or one of its "
+            "checkpoints/step-…"
+        )
+    return max(found, key=lambda entry: int(entry.name.split("-")[1]))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself, having compared every file of it with its sum.
+
+    Args:
+        path: a checkpoint, or a run directory, whose newest is meant.
+
+    Returns:
+        The content of ``checkpoint.json``.
+
+    Raises:
+        CheckpointError: something is missing or altered.
+    """
+    path = find(path)
+    others = sorted(p for p in path.parent.glob("step-*") if p != path and NAME.fullmatch(p.name))
+    advice = f"; resume from {others[-1]} instead" if others else ""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}){advice}") from None
+    for name, sha256 in files:
+        if not (path / name).exists():
+            raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing{advice}")
+        if _sha256(path / name) != sha256:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have its sha256{advice}")
+    return manifest
+
+
+def identity(model: str, dataset: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run that resumes must have in common with the one that saved."""
+    optimizer = config.get("optimizer", {}).get("type", "").lower()
+    return {"model": model, "dataset": dataset, "seed": seed, "optimizer": optimizer}
+
+
+def check_fits(manifest: dict[str, Any], wanted: dict[str, Any], steps: int) -> None:
+    """Raise CheckpointError unless a checkpoint continues the run that is asked for.
+
+    Args:
+        manifest: from ``verify``.
+        wanted: the run's ``identity``.
+        steps: the run's last step.
+    """
+    for name, value in wanted.items():
+        if manifest.get(name) != value:
+            raise CheckpointError(
+                f"the checkpoint was saved with {name} {manifest.get(name)!r}, and this run has {value!r}: "
+                f"give it {name} {manifest.get(name)!r}, or start from its weights alone (export them first)"
+            )
+    if steps < manifest["step"]:
+        raise CheckpointError(
+            f"the checkpoint stands after step {manifest['step']}, and this run ends with step {steps}: "
+            f"steps counts from the first run's start; give it at least {manifest['step']}"
+        )
+
+
+def _optimizer_state(engine: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the optimizer's tensors by name: ``optimizer.features.0.weight.exp_avg`` and so on."""
+    kept = engine.optimizer.state
+    return {
+        f"optimizer.{name}.{part}": value
+        for name, parameter in state.items()
+        for part, value in kept.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def _random_state(rank: int) -> dict[str, Any]:
+    import torch
+
+    state = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
+    """Save all ranks' state as ``directory/checkpoints/step-NNNNNN``; every rank calls this.
+
+    Args:
+        engine: a DeepSpeed engine, data-parallel or pipeline.
+        directory: the run directory, on a file system that all hosts share.
+        manifest: what to keep beside the tensors; ``step`` names the checkpoint.
+
+    Raises:
+        Exception: it cannot be written, on any rank; the checkpoints before it are as they were.
+    """
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from pipetutor.engine import model_state
+
+    rank = dist.get_rank()
+    parent = directory / "checkpoints"
+    final = parent / f"step-{manifest['step']:06d}"
+    partial = parent / f".{final.name}.partial"
+    if rank == 0:
+        for left in parent.glob(".step-*"):  # of a run that was killed while it saved
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = model_state(engine)
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
+    tensors |= _optimizer_state(engine, state) | _random_state(rank)
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+    mine = {path.name: _sha256(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
+    sums: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(sums, mine)
+    if rank == 0:
+        files = {name: sha256 for part in sums for name, sha256 in sorted(part.items())}
+        schedule = {"scheduler": engine.lr_scheduler.state_dict()} if engine.lr_scheduler else {}
+        write_json(partial / MANIFEST, manifest | schedule | {"ranks": dist.get_world_size(), "files": files})
+        _name(partial, final)
+    dist.barrier()
+
+
+def _name(partial: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, then remove what is older than the newest ``KEEP``."""
+    for path in [*partial.iterdir(), partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # else a power cut can keep the name and lose the content
+        os.close(descriptor)
+    if final.exists():
+        _remove(final)
+    os.rename(partial, final)
+    steps = sorted((p for p in final.parent.iterdir() if NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+    for old in steps[:-KEEP]:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")  # its name must not stand over half of it
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def _load(path: Path, tensors: dict[str, Any]) -> None:
+    """Fill these tensors from the checkpoint, each process for itself."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """Return an empty tensor for each tensor of the checkpoint."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in found.items()}
+
+
+def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[str, int]) -> bool:
+    """Fill an engine from a checkpoint: weights, optimizer, schedule, and random numbers where they fit.
+
+    Args:
+        engine: a DeepSpeed engine, data-parallel or pipeline, of any number of stages and replicas.
+        path: a checkpoint that ``verify`` has accepted.
+        manifest: what ``verify`` returned.
+        topology: this run's ``stages`` and ``replicas``.
+
+    Returns:
+        Whether the random numbers, which dropout draws, go on where they stood. They belong to ranks, so they
+        cannot where the topology is another one.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from pipetutor.engine import model_state
+
+    state = model_state(engine)
+    stored = _stored(path)
+    kept = {name: empty for name, empty in stored.items() if _parameter_of(name) in state}
+    same = all(manifest[name] == count for name, count in topology.items())
+    mine = {name: empty for name, empty in stored.items() if same and name.startswith(f"random.{dist.get_rank()}.")}
+    _load(path, {f"model.{name}": tensor.detach() for name, tensor in state.items()} | kept | mine)
+    for name, value in kept.items():
+        parameter = state[_parameter_of(name)]
+        # A step count stays on the CPU, where torch's optimizers keep it.
+        engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = value.to(parameter.device) if value.dim() else value
+    if "scheduler" in manifest and engine.lr_scheduler:
+        engine.lr_scheduler.load_state_dict(manifest["scheduler"])
+    engine.global_steps = manifest["step"]
+    for name, value in mine.items():
+        (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
+    return same
+
+
+def _parameter_of(name: str) -> str:
+    """Return ``features.0.weight`` for ``optimizer.features.0.weight.exp_avg``; empty for what is no such name."""
+    return name.removeprefix("optimizer.").rsplit(".", 1)[0] if name.startswith("optimizer.") else ""
+
+
+def export(path: str | Path, file: str | Path) -> None:
+    """Write a checkpoint's weights as a plain torchvision ``state_dict``.
+
+    Args:
+        path: a checkpoint, or a run directory, whose newest is meant.
+        file: a ``.pt`` file, which holds tensors alone: ``torch.load`` reads it with ``weights_only``.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or the file cannot be written.
+
+    >>> export("runs/20261124-101502-p2r1", "alexnet.pt")  # doctest: +SKIP
+    >>> torchvision.models.alexnet(num_classes=10).load_state_dict(torch.load("alexnet.pt"))  # doctest: +SKIP
+    """
+    import torch
+
+    path, file = find(path), Path(file)
+    verify(path)
+    state = {name: empty for name, empty in _stored(path).items() if name.startswith("model.")}
+    _load(path, state)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        torch.save({name.removeprefix("model."): tensor for name, tensor in state.items()}, partial)
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write the weights to {file}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(model: Any, file: str | Path) -> None:
+    """Fill a torchvision model from a ``state_dict`` file, executing nothing that is in it.
+
+    Args:
+        model: the model, with as many classes as the file's.
+        file: what ``export`` or ``torch.save(model.state_dict(), file)`` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds other than tensors, or is of another model.
+    """
+    import torch
+
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"weights {file}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises several kinds, for what is no archive and for what it will not execute
+        reason = str(error).splitlines()[0].split(".")[0]
+        raise CheckpointError(f"weights {file} is not a state_dict that holds tensors alone: {reason}") from None
+    wanted = model.state_dict()
+    shapes = {n: tuple(getattr(t, "shape", ())) for n, t in found.items()} if isinstance(found, dict) else {}
+    kind = type(model).__name__
+    for name, tensor in wanted.items():
+        if name not in shapes:
+            raise CheckpointError(f"weights {file} are not of this {kind}: {name} is missing")
+        if shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"weights {file} are not of this {kind}: {name} is {shapes[name]}, and the model's is {tuple(tensor.shape)}"
+            )
+    if surplus := shapes.keys() - wanted.keys():
+        raise CheckpointError(f"weights {file} are not of this {kind}: it has no {min(surplus)}")
+    model.load_state_dict(found)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m pipetutor.checkpoint RUN_OR_CHECKPOINT WEIGHTS.pt   (writes a state_dict)")
+    try:
+        export(sys.argv[1], sys.argv[2])
+    except CheckpointError as error:
+        sys.exit(f"pipetutor: {error}")
+    print(f"wrote {sys.argv[2]}")

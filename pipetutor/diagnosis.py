@@ -1,0 +1,66 @@
+"""Why a run failed: which rank came first, what every rank was doing, and what the culprit said last."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from pipetutor import heartbeat, records
+from pipetutor.heartbeat import Beat
+
+
+def diagnose(directory: Path, report: dict[str, Any]) -> str:
+    """Explain a failed run.
+
+    Args:
+        directory: the run directory.
+        report: what the supervisor saw; see ``pipetutor.supervise.supervise``.
+
+    Returns:
+        One line that names the culprit, then what every rank was doing, then the culprit's last words: its
+        Python stack where the run stalled, else the end of its log.
+    """
+    if report["stalled"]:
+        return _stalled(directory, [Beat(**beat) for beat in report["stalled"]])
+    beats = {beat.rank: beat for beat in heartbeat.read(directory)}
+    raised = {failure["rank"]: failure for failure in records.read_failures(directory)}
+    # A rank that raised failed when it said so; one that was killed, when it ended.
+    ends = [(raised.get(end["rank"], end)["time"], end["rank"], end["code"]) for end in report["ended"]]
+    ends += [(failure["time"], rank, None) for rank, failure in raised.items() if rank not in {e[1] for e in ends}]
+    bad = sorted((when, rank, code) for when, rank, code in ends if code or rank in raised)
+    log = directory / "logs" / "launcher.log"
+    head = f"the launcher ended with status {report['code']}"
+    if bad:
+        _, rank, code = bad[0]
+        log = records.log_path(directory, rank) or log
+        if code is not None and code < 0:
+            how = f"killed by {signal.Signals(-code).name} (exit code {code})"
+        else:
+            how = f"{raised.get(rank, {}).get('error', 'see its last lines')} (exit code {code or 1})"
+        head = f"rank {rank} failed first: {how}" + (f", at {beats[rank]}" if rank in beats else "")
+    text = log.read_text(errors="replace") if log.exists() else ""
+    last = [line for line in text.splitlines() if line.strip()][-15:]
+    lines = [head, *_doing(list(beats.values())), f"its last lines, from {log}:", *(f"    {line}" for line in last)]
+    return "\n".join(lines)
+
+
+def _stalled(directory: Path, beats: list[Beat]) -> str:
+    found = heartbeat.culprits(beats)
+    first = min(found, key=lambda beat: (beat.step, beat.since))
+    stack = directory / f"stack_rank{first.rank}.txt"
+    text = stack.read_text() if stack.exists() else ""
+    who = f"rank {first.rank} holds the others up" if len(found) < len(beats) else f"rank {first.rank} came least far"
+    return "\n".join(
+        [
+            f"no step was completed within the deadline: {who}, at {first}",
+            *_doing(beats),
+            f"the Python stack of rank {first.rank}, from {stack}:" if text else "it gave no stack: it is stopped, or gone",
+            *(f"    {line}" for line in text.splitlines()[:20]),
+            "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)",
+        ]
+    )
+
+
+def _doing(beats: list[Beat]) -> list[str]:
+    now = time.time()
+    return [f"    rank {beat.rank}: {beat}, since {now - beat.since:.0f} s" for beat in beats]

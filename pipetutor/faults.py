@@ -1,0 +1,89 @@
+"""Faults to inject into a run, for lessons and tests: a rank that stalls, dies, slows down or loads too little.
+
+    launch(fault="stall:rank=1,step=3")
+
+Each acts on one rank from one step on, in its first ForwardPass (``ragged``: in its first LoadMicroBatch).
+Standard library only.
+"""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+KINDS = {
+    "stall": "the rank stops moving",
+    "die": "the rank is killed with SIGKILL, as the system does when memory runs out",
+    "slow": "every forward and backward pass of the rank takes `seconds` (1) longer",
+    "ragged": "the rank gets a micro-batch that lacks an image",
+}
+EXAMPLE = "stall:rank=1,step=3"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault to inject.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        rank: who has it.
+        step: when, counted from 1.
+        seconds: how much longer a pass takes, for ``slow``.
+    """
+
+    kind: str
+    rank: int
+    step: int
+    seconds: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """Read a fault such as ``slow:rank=1,step=3,seconds=0.5``.
+
+        Raises:
+            ValueError: the kind is unknown, or something is missing, unknown or not a number.
+        """
+        kind, _, rest = str(text).partition(":")
+        if kind not in KINDS:
+            raise ValueError(f"unknown fault {kind!r}: there is {', '.join(KINDS)}, for example {EXAMPLE}")
+        try:
+            given = dict(part.split("=") for part in rest.split(","))
+            rank, step = int(given.pop("rank")), int(given.pop("step"))
+            seconds = float(given.pop("seconds", "1")) if kind == "slow" else 1.0
+        except (ValueError, KeyError):
+            raise ValueError(f"fault {text!r} needs a rank and a step, for example {EXAMPLE}") from None
+        if given or seconds < 0:
+            unknown = ", ".join(given) or f"seconds={seconds:g}"
+            raise ValueError(f"fault {text!r}: {unknown} is not for {kind}; an example is {EXAMPLE}")
+        return cls(kind, rank, step, seconds)
+
+    def check(self, ranks: int, stages: int, steps: int) -> None:
+        """Raise ValueError unless the run has this rank and this step, and the rank loads data where it must."""
+        if not 0 <= self.rank < ranks or not 1 <= self.step <= steps:
+            raise ValueError(
+                f"fault at rank {self.rank}, step {self.step}: this run has the ranks 0 to {ranks - 1} and the "
+                f"steps 1 to {steps}"
+            )
+        per_stage = ranks // stages if stages else ranks
+        if self.kind == "ragged" and stages and self.rank // per_stage not in (0, stages - 1):
+            raise ValueError(
+                f"fault ragged at rank {self.rank}: only the first and the last stage load micro-batches; "
+                f"use rank 0 or {ranks - 1}"
+            )
+
+    def act(self, rank: int, step: int, instruction: str, micro_batch: int | None) -> None:
+        """Stall, die or slow down here, if this is the place."""
+        if rank != self.rank or step < self.step:
+            return
+        first = step == self.step and instruction == "ForwardPass" and micro_batch == 0
+        if self.kind == "stall" and first:
+            threading.Event().wait()
+        if self.kind == "die" and first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "slow" and instruction in ("ForwardPass", "BackwardPass"):
+            time.sleep(self.seconds)
+
+    def cuts(self, rank: int, step: int, micro_batch: int | None) -> bool:
+        """Say whether the micro-batch that is loaded here is to lack an image."""
+        return (self.kind, self.rank, self.step, 0) == ("ragged", rank, step, micro_batch)

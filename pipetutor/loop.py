@@ -1,0 +1,119 @@
+"""What both modes do around a step: data, record, heartbeat, faults, evaluation and checkpoints."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipetutor import checkpoint, data, records
+from pipetutor.engine import Instruction, is_pipeline, observe, replica_of, say
+from pipetutor.evaluate import evaluate
+from pipetutor.faults import Fault
+from pipetutor.heartbeat import Heartbeat
+from pipetutor.preflight import read_config
+
+Batches = Iterator[list[torch.Tensor]]
+
+
+def _full(
+    batches: Batches, micro_batch: int, cuts: Callable[[], bool]
+) -> Batches:
+    """Pass micro-batches on, refusing a ragged one where it is loaded, before it reaches another rank."""
+    for batch in batches:
+        images, labels = (part[:-1] for part in batch) if cuts() else batch
+        if len(images) != micro_batch:
+            raise ValueError(
+                f"ragged micro-batch: {len(images)} images, and every other one has {micro_batch}. A pipeline agrees "
+                "on the shape of its activations once, so what is left at the end of a pass must be dropped"
+            )
+        yield [images, labels]
+
+
+class Loop:
+    """What both modes do around a step: the data, the record, the heartbeat, evaluation and checkpoints."""
+
+    def __init__(self, args: argparse.Namespace, engine: Any, heart: Heartbeat):
+        self.args, self.engine, self.heart = args, engine, heart
+        self.fault = Fault.parse(args.fault) if args.fault else None
+        observe(engine, self._before)
+        self.trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)
+        self.testset = data.load(args.dataset, False, args.local_rank, args.data_dir) if args.eval_every else None
+        self.topology = {"stages": args.pipeline_parallel_size, "replicas": engine.dp_world_size}
+        self.step, self.start = 0, data.Position()
+        if args.resume:
+            self._resume()
+        self.done = self.step
+        shape = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
+        batches = data.micro_batches(
+            self.trainset, *shape, replica_of(engine), args.seed, engine.device, self.start
+        )
+        self.micro_batches = _full(batches, shape[0], self._cuts)
+
+    def _before(self, instruction: Instruction) -> None:
+        self.heart.before(*instruction)
+        if self.fault and self.heart.beat.phase == "training":
+            self.fault.act(dist.get_rank(), self.step, instruction.name, instruction.micro_batch)
+
+    def _cuts(self) -> bool:
+        beat = self.heart.beat
+        if not is_pipeline(self.engine):  # whose loop is in train_base; a pipeline's engine loads by instruction
+            loaded = self.engine.micro_steps % self.engine.gradient_accumulation_steps()
+            self._before(Instruction("LoadMicroBatch", loaded))
+            beat = self.heart.beat
+        return self.fault is not None and self.fault.cuts(beat.rank, beat.step, beat.micro_batch)
+
+    def _resume(self) -> None:
+        path = checkpoint.find(self.args.resume)
+        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+        same = checkpoint.restore(self.engine, path, manifest, self.topology)
+        self.step, self.start = manifest["step"], data.Position(*manifest["position"])
+        say(f"resumed after step {self.step}, from {path}")
+        if not same:
+            torch.manual_seed(self.args.seed + self.step)
+            say("another topology than that of the checkpoint: dropout draws other random numbers than it would have")
+
+    def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:
+        """Train to the last step; ``one_step`` returns the mean loss over the train batch and all replicas."""
+        args, engine = self.args, self.engine
+        writer = records.StepWriter(args.run_dir if dist.get_rank() == 0 else None, engine.train_batch_size())
+        evaluated = -1
+        while self.step < args.steps:
+            self.step += 1
+            self.heart.enter("training", self.step)
+            begin = time.perf_counter()
+            loss = float(one_step(self.micro_batches))
+            writer.write(self.step, loss, time.perf_counter() - begin)
+            if self.step % 10 == 0:
+                say(f"step: {self.step:3d} / {args.steps:3d} loss: {loss:.6f}")
+            if args.save_every and (self.step % args.save_every == 0 or self.step == args.steps):
+                self._save()
+            if args.eval_every and self.step % args.eval_every == 0:
+                evaluated = self._evaluate()
+        if args.eval_every and evaluated != self.step:
+            self._evaluate()
+
+    def _evaluate(self) -> int:
+        self.heart.enter("evaluating", self.step)
+        assert self.testset is not None
+        found = evaluate(self.engine, self.testset, self._before)
+        say(
+            f"step {self.step}: {found['correct']:.0f} of {found['images']:.0f} test images are right "
+            f"({found['accuracy']:.1%}), loss {found['loss']:.4f}"
+        )
+        if self.args.run_dir and dist.get_rank() == 0:
+            records.append(self.args.run_dir / records.EVALUATIONS, {"step": self.step} | found)
+        return self.step
+
+    def _save(self) -> None:
+        self.heart.enter("saving", self.step)
+        args, engine = self.args, self.engine
+        read = (self.step - self.done) * engine.gradient_accumulation_steps()
+        position = self.start.after(
+            read, len(self.trainset), engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
+        )
+        kept = {"step": self.step, "position": position, **self.topology}
+        checkpoint.save(engine, args.run_dir, kept | checkpoint.identity(args.model, args.dataset, args.seed, read_config(args.deepspeed_config)))
