@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,22 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).exists():
         return path
-    found = [entry for entry in path.glob("checkpoints/step-*") if NAME.fullmatch(entry.name)]
+    found = _all(path / "checkpoints")
     if not found:
         raise CheckpointError(
             f"{path} holds no checkpoint: give a run directory that was saved into (save_every=N), or one of its "
             "checkpoints/step-…"
         )
-    return max(found, key=lambda entry: int(entry.name.split("-")[1]))
+    return found[-1]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _all(parent: Path) -> list[Path]:
+    """Return the checkpoints in a directory, the oldest first."""
+    return sorted((path for path in parent.glob("step-*") if NAME.fullmatch(path.name)), key=_step)
 
 
 def _sha256(path: Path) -> str:
@@ -70,7 +78,7 @@ def verify(path: str | Path) -> dict[str, Any]:
         CheckpointError: something is missing or altered.
     """
     path = find(path)
-    others = sorted(p for p in path.parent.glob("step-*") if p != path and NAME.fullmatch(p.name))
+    others = [other for other in _all(path.parent) if other != path]
     advice = f"; resume from {others[-1]} instead" if others else ""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -174,17 +182,17 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def _name(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, then remove what is older than the newest ``KEEP``."""
-    for path in [*partial.iterdir(), partial]:
+    """Give a complete checkpoint its name, then remove older ones, so that ``KEEP`` of them stay with it."""
+    for path in [partial / MANIFEST, partial]:  # the tensors have been synced
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)  # else a power cut can keep the name and lose the content
         os.close(descriptor)
     if final.exists():
         _remove(final)
     os.rename(partial, final)
-    steps = sorted((p for p in final.parent.iterdir() if NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
-    for old in steps[:-KEEP]:
-        _remove(old)
+    older = [path for path in _all(final.parent) if _step(path) < _step(final)]
+    for path in older[: 1 - KEEP]:
+        _remove(path)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -193,7 +201,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _load(path: Path, tensors: dict[str, Any]) -> None:
+def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Fill these tensors from the checkpoint, each process for itself."""
     import torch.distributed.checkpoint as dcp
 
@@ -202,13 +210,14 @@ def _load(path: Path, tensors: dict[str, Any]) -> None:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
-def _stored(path: Path) -> dict[str, Any]:
+def stored_tensors(path: Path) -> dict[str, Any]:
     """Return an empty tensor for each tensor of the checkpoint."""
     import torch
     import torch.distributed.checkpoint as dcp
 
     found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in found.items()}
+    tensors = {name: meta for name, meta in found.items() if isinstance(meta, dcp.TensorStorageMetadata)}
+    return {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in tensors.items()}
 
 
 def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[str, int]) -> bool:
@@ -230,15 +239,17 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
     from pipetutor.engine import model_state
 
     state = model_state(engine)
-    stored = _stored(path)
+    stored = stored_tensors(path)
     kept = {name: empty for name, empty in stored.items() if _parameter_of(name) in state}
     same = all(manifest[name] == count for name, count in topology.items())
     mine = {name: empty for name, empty in stored.items() if same and name.startswith(f"random.{dist.get_rank()}.")}
-    _load(path, {f"model.{name}": tensor.detach() for name, tensor in state.items()} | kept | mine)
+    load_tensors(path, {f"model.{name}": tensor.detach() for name, tensor in state.items()} | kept | mine)
     for name, value in kept.items():
         parameter = state[_parameter_of(name)]
         # A step count stays on the CPU, where torch's optimizers keep it.
-        engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = value.to(parameter.device) if value.dim() else value
+        engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = (
+            value.to(parameter.device) if value.dim() else value
+        )
     if "scheduler" in manifest and engine.lr_scheduler:
         engine.lr_scheduler.load_state_dict(manifest["scheduler"])
     engine.global_steps = manifest["step"]
@@ -250,76 +261,3 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
 def _parameter_of(name: str) -> str:
     """Return ``features.0.weight`` for ``optimizer.features.0.weight.exp_avg``; empty for what is no such name."""
     return name.removeprefix("optimizer.").rsplit(".", 1)[0] if name.startswith("optimizer.") else ""
-
-
-def export(path: str | Path, file: str | Path) -> None:
-    """Write a checkpoint's weights as a plain torchvision ``state_dict``.
-
-    Args:
-        path: a checkpoint, or a run directory, whose newest is meant.
-        file: a ``.pt`` file, which holds tensors alone: ``torch.load`` reads it with ``weights_only``.
-
-    Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or the file cannot be written.
-
-    >>> export("runs/20261124-101502-p2r1", "alexnet.pt")  # doctest: +SKIP
-    >>> torchvision.models.alexnet(num_classes=10).load_state_dict(torch.load("alexnet.pt"))  # doctest: +SKIP
-    """
-    import torch
-
-    path, file = find(path), Path(file)
-    verify(path)
-    state = {name: empty for name, empty in _stored(path).items() if name.startswith("model.")}
-    _load(path, state)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        torch.save({name.removeprefix("model."): tensor for name, tensor in state.items()}, partial)
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write the weights to {file}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_weights(model: Any, file: str | Path) -> None:
-    """Fill a torchvision model from a ``state_dict`` file, executing nothing that is in it.
-
-    Args:
-        model: the model, with as many classes as the file's.
-        file: what ``export`` or ``torch.save(model.state_dict(), file)`` wrote.
-
-    Raises:
-        CheckpointError: the file cannot be read, holds other than tensors, or is of another model.
-    """
-    import torch
-
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"weights {file}: {error.strerror or error}") from None
-    except Exception as error:  # torch raises several kinds, for what is no archive and for what it will not execute
-        reason = str(error).splitlines()[0].split(".")[0]
-        raise CheckpointError(f"weights {file} is not a state_dict that holds tensors alone: {reason}") from None
-    wanted = model.state_dict()
-    shapes = {n: tuple(getattr(t, "shape", ())) for n, t in found.items()} if isinstance(found, dict) else {}
-    kind = type(model).__name__
-    for name, tensor in wanted.items():
-        if name not in shapes:
-            raise CheckpointError(f"weights {file} are not of this {kind}: {name} is missing")
-        if shapes[name] != tuple(tensor.shape):
-            raise CheckpointError(
-                f"weights {file} are not of this {kind}: {name} is {shapes[name]}, and the model's is {tuple(tensor.shape)}"
-            )
-    if surplus := shapes.keys() - wanted.keys():
-        raise CheckpointError(f"weights {file} are not of this {kind}: it has no {min(surplus)}")
-    model.load_state_dict(found)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m pipetutor.checkpoint RUN_OR_CHECKPOINT WEIGHTS.pt   (writes a state_dict)")
-    try:
-        export(sys.argv[1], sys.argv[2])
-    except CheckpointError as error:
-        sys.exit(f"pipetutor: {error}")
-    print(f"wrote {sys.argv[2]}")

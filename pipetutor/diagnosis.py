@@ -54,7 +54,9 @@ def _stalled(directory: Path, beats: list[Beat]) -> str:
         [
             f"no step was completed within the deadline: {who}, at {first}",
             *_doing(beats),
-            f"the Python stack of rank {first.rank}, from {stack}:" if text else "it gave no stack: it is stopped, or gone",
+            f"the Python stack of rank {first.rank}, from {stack}:"
+            if text
+            else "it gave no stack: it is stopped, or gone",
             *(f"    {line}" for line in text.splitlines()[:20]),
             "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)",
         ]

@@ -7,7 +7,7 @@ lacks to fill them is padded with its last image, and the padding is left out of
                                              replica 1:  [1 3] [. .]      . padding
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,7 +61,9 @@ def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction],
     else:
         engine.eval()
         logits = []
-        for number, (images, _) in enumerate(data.loader(testset, padded.flatten().tolist(), micro_batch, engine.device)):
+        for number, (images, _) in enumerate(
+            data.loader(testset, padded.flatten().tolist(), micro_batch, engine.device)
+        ):
             before(Instruction("ForwardPass", number))
             logits.append(engine.module(images.to(engine.device)))
         engine.train()
@@ -79,6 +81,7 @@ def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction],
 
 def _through_stages(engine: Any, testset: Dataset[Any], indices: torch.Tensor) -> list[torch.Tensor]:
     """Run DeepSpeed's inference schedule; return the logits of each micro-batch on the last stage, else none."""
+    batches: Iterator[Any]
     if engine.is_first_stage():
         batches = iter(data.loader(testset, indices.flatten().tolist(), indices.shape[1], engine.device))
     else:  # the engine draws from it on the last stage, for labels that are not needed here

@@ -61,7 +61,9 @@ class Heartbeat:
         self.beat = Beat(rank)
         self._file = -1
         if directory:
-            self._file = os.open(directory / f"heartbeat_rank{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._file = os.open(
+                directory / f"heartbeat_rank{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
+            )
             self._stack = open(directory / f"stack_rank{rank}.txt", "w")  # noqa: SIM115 (the handler needs it open)
             # Written by a signal handler in C: it works while the interpreter waits inside gloo or NCCL.
             faulthandler.register(STACK_SIGNAL, self._stack, all_threads=False)

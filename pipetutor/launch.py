@@ -11,14 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from pipetutor import fetch, machine, records
+from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
-from pipetutor.preflight import explain, preflight, read_config
+from pipetutor.preflight import explain, preflight
 from pipetutor.records import Run
 
 SUPERVISOR_SECONDS = 10
@@ -143,7 +145,8 @@ def launch(
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
     for line in filter(None, [explain(whole_config, stages, replicas), plan.notice, shlex.join(command)]):
         print(line)
-    report = _watch(command, directory, ranks, deadline, steps - plan.done)
+    lines = directory / records.STEPS
+    report = watch(command, directory, ranks, deadline, lines, steps - plan.done, "steps", _brief)
     if report["code"] != 0:
         raise RunFailed(diagnose(directory, report))
     run = Run.load(directory)
@@ -153,9 +156,13 @@ def launch(
     return run
 
 
+def _brief(step: dict[str, Any]) -> str:
+    return f"loss {step['loss']:.3f}, {step['images_per_second']:.1f} images/s"
+
+
 def _check_weights(model: str, weights: str | Path) -> None:
-    from pipetutor.checkpoint import load_weights
     from pipetutor.layers import build  # torch: loaded only by who brings weights
+    from pipetutor.weights import load_weights
 
     load_weights(build(model), weights)
 
@@ -182,8 +189,31 @@ def _deepspeed(ranks: int, directory: Path) -> list[str]:
     return [*start, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
 
 
-def _watch(command: list[str], directory: Path, ranks: int, deadline: float, steps: int) -> dict[str, Any]:
-    """Run the command under the supervisor, draw the bar, and return the supervisor's report."""
+def watch(
+    command: list[str],
+    directory: Path,
+    ranks: int,
+    deadline: float,
+    lines: Path,
+    total: int,
+    unit: str,
+    describe: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Run a command under the supervisor, with a bar that moves on with each line it adds to a file.
+
+    Args:
+        command: what to start.
+        directory: its run directory.
+        ranks: ranks to expect.
+        deadline: seconds without progress after which it is ended.
+        lines: the file of JSON lines.
+        total: lines to expect.
+        unit: what a line stands for.
+        describe: says in a few words what a line holds.
+
+    Returns:
+        The supervisor's report; see ``pipetutor.supervise.supervise``.
+    """
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), str(deadline), *command],
         stdin=subprocess.PIPE,
@@ -193,13 +223,13 @@ def _watch(command: list[str], directory: Path, ranks: int, deadline: float, ste
     )
     assert supervisor.stdin and supervisor.stdout
     try:
-        with _bar(steps) as bar, selectors.DefaultSelector() as selector:
+        with _bar(total, unit) as bar, selectors.DefaultSelector() as selector:
             selector.register(supervisor.stdout, selectors.EVENT_READ)
             ended = False
             while not ended:
                 ended = bool(selector.select(timeout=0.2))
-                for step in records.read_lines(directory / records.STEPS, start=bar.n):
-                    bar.set_postfix_str(f"loss {step['loss']:.3f}, {step['images_per_second']:.1f} images/s", False)
+                for line in records.read_lines(lines, start=bar.n):
+                    bar.set_postfix_str(describe(line), False)
                     bar.update()
             bar.refresh()
         output = supervisor.stdout.read()
@@ -228,17 +258,17 @@ def _interrupts_held() -> Any:
         signal.signal(signal.SIGINT, previous)
 
 
-def _bar(steps: int) -> tqdm:
+def _bar(total: int, unit: str) -> tqdm:
     """Return a progress bar for where this runs: a notebook, a terminal, or a file."""
     style = {
-        "total": steps,
-        "unit": "step",
-        "bar_format": "{n_fmt}/{total_fmt} steps |{bar:30}| {elapsed}{postfix}",
+        "total": total,
+        "unit": unit,
+        "bar_format": "{n_fmt}/{total_fmt} {unit} |{bar:30}| {elapsed}{postfix}",
     }
     if "ipykernel" in sys.modules:
         return _CellBar(**style, file=io.StringIO(), ascii=False)
     interactive = sys.stderr.isatty()
-    return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, steps // 20))
+    return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, total // 20))
 
 
 class _CellBar(tqdm):

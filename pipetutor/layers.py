@@ -11,6 +11,8 @@ import torch
 import torchvision
 from torch import nn
 
+from pipetutor.partition import Layer
+
 PARTS = ("features", "avgpool", "classifier")
 
 
@@ -113,18 +115,25 @@ def _prove(model: nn.Module, layers: list[nn.Module]) -> None:
             module.training = training
 
 
+def catalog_entry(layers: list[nn.Module]) -> list[Layer]:
+    """Return what the catalog says of a flat list of layers."""
+
+    def weights(layer: nn.Module) -> int:
+        return sum(p.numel() for p in layer.parameters() if p.requires_grad)
+
+    return [Layer(type(layer).__name__, weights(layer)) for layer in layers]
+
+
 def write_catalog(path: Path) -> None:
     """Write models.json: for every torchvision model that can be flattened, its layers and their weights."""
-    models: dict[str, list[tuple[str, int]]] = {}
+    models: dict[str, list[Layer]] = {}
     for name in torchvision.models.list_models(module=torchvision.models):
         net = build(name)
         try:
             layers = join_layers(net)
         except ValueError:
             continue
-        models[name] = [
-            (type(layer).__name__, sum(p.numel() for p in layer.parameters() if p.requires_grad)) for layer in layers
-        ]
+        models[name] = catalog_entry(layers)
     lines = (f"{json.dumps(name)}: {json.dumps(layers)}" for name, layers in models.items())
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

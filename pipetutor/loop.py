@@ -10,18 +10,16 @@ import torch
 import torch.distributed as dist
 
 from pipetutor import checkpoint, data, records
+from pipetutor.config import read_config
 from pipetutor.engine import Instruction, is_pipeline, observe, replica_of, say
 from pipetutor.evaluate import evaluate
 from pipetutor.faults import Fault
 from pipetutor.heartbeat import Heartbeat
-from pipetutor.preflight import read_config
 
 Batches = Iterator[list[torch.Tensor]]
 
 
-def _full(
-    batches: Batches, micro_batch: int, cuts: Callable[[], bool]
-) -> Batches:
+def _full(batches: Batches, micro_batch: int, cuts: Callable[[], bool]) -> Batches:
     """Pass micro-batches on, refusing a ragged one where it is loaded, before it reaches another rank."""
     for batch in batches:
         images, labels = (part[:-1] for part in batch) if cuts() else batch
@@ -41,6 +39,7 @@ class Loop:
         self.fault = Fault.parse(args.fault) if args.fault else None
         observe(engine, self._before)
         self.trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)
+        self.size = len(self.trainset)  # type: ignore[arg-type]
         self.testset = data.load(args.dataset, False, args.local_rank, args.data_dir) if args.eval_every else None
         self.topology = {"stages": args.pipeline_parallel_size, "replicas": engine.dp_world_size}
         self.step, self.start = 0, data.Position()
@@ -48,9 +47,7 @@ class Loop:
             self._resume()
         self.done = self.step
         shape = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
-        batches = data.micro_batches(
-            self.trainset, *shape, replica_of(engine), args.seed, engine.device, self.start
-        )
+        batches = data.micro_batches(self.trainset, *shape, replica_of(engine), args.seed, engine.device, self.start)
         self.micro_batches = _full(batches, shape[0], self._cuts)
 
     def _before(self, instruction: Instruction) -> None:
@@ -112,8 +109,8 @@ class Loop:
         self.heart.enter("saving", self.step)
         args, engine = self.args, self.engine
         read = (self.step - self.done) * engine.gradient_accumulation_steps()
-        position = self.start.after(
-            read, len(self.trainset), engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
-        )
+        position = self.start.after(read, self.size, engine.train_micro_batch_size_per_gpu(), engine.dp_world_size)
         kept = {"step": self.step, "position": position, **self.topology}
-        checkpoint.save(engine, args.run_dir, kept | checkpoint.identity(args.model, args.dataset, args.seed, read_config(args.deepspeed_config)))
+        config = read_config(args.deepspeed_config)
+        kept |= checkpoint.identity(args.model, args.dataset, args.seed, config)
+        checkpoint.save(engine, args.run_dir, kept)

@@ -5,8 +5,6 @@ the same words. No torch: it answers in milliseconds.
 """
 
 import difflib
-import importlib.resources
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,6 @@ from pipetutor.partition import METHODS, bounds_for, catalog
 
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
 BACKENDS = ("gloo", "nccl")
-OBJECTS = {
-    "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',
-    "scheduler": '{"type": "WarmupLR"}',
-    "zero_optimization": '{"stage": 1}',
-    "bf16": '{"enabled": true}',
-    "fp16": '{"enabled": true}',
-}
 
 
 @dataclass(frozen=True)
@@ -84,53 +75,6 @@ class Plan:
             "backend": self.backend,
             "done": self.done,
         }
-
-
-def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
-    """Return a whole DeepSpeed config.
-
-    Args:
-        config: a file's path, taken as it is; a dict, laid key by key over the packaged default; or None,
-            the packaged default: train batch 256, micro-batch 8, Adam 1e-3.
-
-    Raises:
-        ValueError: the file is missing, not JSON, or not an object (with file and line), or a key is unknown.
-    """
-    resources = importlib.resources.files("pipetutor")
-    default = json.loads(resources.joinpath("default_config.json").read_text())
-    if config is None:
-        return default
-    if isinstance(config, dict):
-        found = config
-        if "gradient_accumulation_steps" in config:  # the default's train batch would contradict it
-            del default["train_batch_size"]
-        whole = default | config
-        source = "config"
-    elif not isinstance(config, str | Path):
-        raise ValueError(f"config is a {type(config).__name__}, but must be a file's path or a dict")
-    else:
-        source = str(config)
-        try:
-            text = Path(config).read_text(encoding="utf-8")
-            found = whole = json.loads(text)
-        except OSError as error:
-            raise ValueError(f"config file {source}: {error.strerror}; give the path of a DeepSpeed JSON") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"config file {source}, line 1: not text; give a DeepSpeed JSON") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config file {source}, line {error.lineno}: not JSON ({error.msg})") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"config file {source}, line 1: holds a {type(found).__name__}, needs an object {{...}}")
-    known = json.loads(resources.joinpath("config_keys.json").read_text())
-    for key in found:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else "see deepspeed.ai/docs/config-json"
-            raise ValueError(f"{source}: DeepSpeed has no config key {key!r}; {hint}")
-    for key, example in OBJECTS.items():
-        if key in found and not isinstance(found[key], dict):
-            raise ValueError(f"{source}: {key} is {found[key]!r}, but must be an object, as in {example}")
-    return whole
 
 
 def _natural(name: str, value: Any, least: int, example: int = 1) -> int:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 

@@ -147,7 +147,8 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ranks, progress = Ranks(rank_count), Progress(directory, rank_count, deadline)
-    end, cancelled, stalled = float("inf"), False, []
+    end, cancelled = float("inf"), False
+    stalled: list[heartbeat.Beat] = []
     with open(directory / "logs" / "launcher.log", "wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     child_fd = os.pidfd_open(child.pid)

@@ -9,7 +9,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipetutor import checkpoint, faults, records
+from pipetutor.config import read_config
 from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.engine import data_parallel, pipeline, say
 from pipetutor.fetch import DATA_DIR, DataError
@@ -30,7 +30,8 @@ from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
 from pipetutor.machine import cpu_cores, gpu_count, versions
 from pipetutor.partition import METHODS
-from pipetutor.preflight import BACKENDS, DATASET_SIZES, Plan, explain, preflight, read_config
+from pipetutor.preflight import BACKENDS, DATASET_SIZES, Plan, explain, preflight
+from pipetutor.weights import load_weights
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
 
@@ -102,7 +103,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def _model(args: argparse.Namespace) -> nn.Module:
     model = build(args.model, dropout=args.dropout)
     if args.weights:
-        checkpoint.load_weights(model, args.weights)
+        load_weights(model, args.weights)
     return model
 
 

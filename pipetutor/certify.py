@@ -1,0 +1,171 @@
+"""The certificate: see that the pipeline computes what one process computes.
+
+    python -m pipetutor.certify
+
+Each row compares DeepSpeed's pipeline with a plain PyTorch loop: every initial weight, every gradient, every
+updated parameter, every loss. The last rows are controls: pipelines that are made wrong on purpose, which the
+comparison must find out. What is compared, and how, is in ``pipetutor.proof``.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipetutor import fetch, records
+from pipetutor.launch import RunFailed, watch
+
+MODELS = ("alexnet", "vgg")
+CONTROLS = ("summed", "scaled", "weights")
+GIGABYTES_A_RANK = 0.8
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, and what came out.
+
+    Attributes:
+        rows: a dict for each comparison; see ``pipetutor.proof.judge``.
+        skipped: rows that this machine has no memory for.
+        directory: where ``certificate.json`` holds the same.
+    """
+
+    rows: list[dict[str, Any]] = field(repr=False)
+    skipped: list[dict[str, Any]]
+    directory: Path
+
+    @property
+    def passed(self) -> bool:
+        """Whether every pipeline equals the reference, and every control does not."""
+        return bool(self.rows) and all(row["equal"] != bool(row["control"]) for row in self.rows)
+
+    def __str__(self) -> str:
+        """Return the table: the largest relative difference of each quantity, and the verdict, a row each."""
+        return "\n".join([_HEAD, *map(_line, self.rows), *map(_line, self.skipped), self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """One line that says what the rows come to."""
+        pipelines = [row["equal"] for row in self.rows if not row["control"]]
+        controls = [not row["equal"] for row in self.rows if row["control"]]
+        left = f"; {len(self.skipped)} rows were skipped" if self.skipped else ""
+        return (
+            f"{'PASSED' if self.passed else 'FAILED'}: {sum(pipelines)} of {len(pipelines)} pipelines equal one "
+            f"process, {sum(controls)} of {len(controls)} controls were found out{left}"
+        )
+
+
+_HEAD = (
+    f"{'model':8} {'P':>2} {'M':>2} {'R':>2}  {'gradients':>17} {'parameters':>17} {'loss':>8}   verdict\n"
+    f"{'':8} {'':>2} {'':>2} {'':>2}  {'abs.':>8} {'rel.':>8} {'abs.':>8} {'rel.':>8} {'rel.':>8}"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2}  "
+    if "gradient" not in row:
+        return f"{case}{'skipped' if 'equal' not in row else 'FAILED'}: {row['reason']}"
+    numbers = [row[part][kind] for part in ("gradient", "final") for kind in ("absolute", "relative")]
+    numbers.append(row["loss"]["relative"])
+    verdict = "equal" if row["equal"] else row["reason"]
+    if row["control"]:
+        verdict = f"control {row['control']!r}: " + ("NOT FOUND OUT" if row["equal"] else f"found out: {verdict}")
+    elif not row["equal"]:
+        verdict = f"FAILED: {verdict}"
+    return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {verdict}"
+
+
+def certify(
+    models: Sequence[str] = MODELS,
+    stages: Sequence[int] = (1, 2, 3, 4),
+    micro_batches: Sequence[int] = (1, 4),
+    replicas: Sequence[int] = (1, 2),
+    *,
+    runs_dir: str | Path = "runs",
+) -> Certificate:
+    """Compare pipelines with one process, in processes of their own; nothing is left running.
+
+    Args:
+        models: ``alexnet`` and ``vgg``, a VGG11 an eighth as wide or less.
+        stages: numbers of pipeline stages P, 1 to 4.
+        micro_batches: numbers of micro-batches M, in each step and replica.
+        replicas: numbers of copies of the pipeline.
+        runs_dir: where the directory with ``certificate.json`` is made.
+
+    Returns:
+        The certificate; print it for its table.
+
+    Raises:
+        ValueError: there is no such model or a number is out of range; nothing was started.
+        RunFailed: the comparison itself ended early.
+
+    >>> print(certify(models=["vgg"], stages=[1, 2]))  # doctest: +SKIP
+    """
+    for model in models:
+        if model not in MODELS:
+            raise ValueError(f"unknown model {model!r}: the certificate compares {' and '.join(MODELS)}")
+    most_of = {"stages": (stages, 4), "micro_batches": (micro_batches, 16), "replicas": (replicas, 4)}
+    for name, (values, most) in most_of.items():
+        if not values or any(not isinstance(v, int) or isinstance(v, bool) or not 1 <= v <= most for v in values):
+            raise ValueError(f"{name} is {list(values)!r}, but must be whole numbers from 1 to {most}: [1, 2], say")
+    room = max(2, int(psutil.virtual_memory().available / 2**30 / GIGABYTES_A_RANK))
+    topologies = itertools.product(models, micro_batches, replicas, stages)
+    cases: list[dict[str, Any]] = [
+        {"model": model, "stages": p, "micro_batches": m, "replicas": r, "control": ""}
+        for model, m, r, p in topologies
+    ]
+    skipped = [case for case in cases if case["stages"] * case["replicas"] > room]
+    for case in skipped:
+        case["reason"] = f"{case['stages'] * case['replicas']} ranks, and there is memory for {room}"
+    chosen = [case for case in cases if case not in skipped]
+    wrong = {"model": models[-1], "stages": 2, "micro_batches": 4, "replicas": 1}
+    chosen += [wrong | {"control": control} for control in CONTROLS]
+    fetch.prepare("synthetic", fetch.DATA_DIR)
+    directory = records.create(Path(runs_dir), "certificate")
+    (directory / "logs").mkdir()
+    rows = directory / "rows.jsonl"
+    command = [sys.executable, "-m", "pipetutor.proof", str(directory), json.dumps(chosen)]
+    report = watch(command, directory, 0, float("inf"), rows, len(chosen), "rows", _brief)
+    if report["code"] != 0:
+        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
+        raise RunFailed(f"the comparison ended with status {report['code']}:\n{log[-2000:]}")
+    certificate = Certificate(list(records.read_lines(rows)), skipped, directory)
+    content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
+    records.write_json(directory / "certificate.json", content)
+    return certificate
+
+
+def _brief(row: dict[str, Any]) -> str:
+    verdict = "equal" if row["equal"] else "different"
+    return f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']} {verdict}"
+
+
+def main() -> None:
+    """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    parser = argparse.ArgumentParser(prog="pipetutor.certify", description="does the pipeline equal one process?")
+    parser.add_argument("--models", default=",".join(MODELS), help="default %(default)s")
+    parser.add_argument("--stages", type=numbers, default=[1, 2, 3, 4], help="default 1,2,3,4")
+    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
+    args = parser.parse_args()
+    try:
+        certificate = certify(args.models.split(","), args.stages, runs_dir=args.runs_dir)
+    except ValueError as error:
+        print(f"pipetutor: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(certificate)
+    print(f"written to {certificate.directory / 'certificate.json'}")
+    sys.exit(0 if certificate.passed else 1)
+
+
+if __name__ == "__main__":
+    main()

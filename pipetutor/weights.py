@@ -1,0 +1,84 @@
+"""Weights alone, as torchvision's own ``state_dict``: out of a checkpoint, and into a model to start from.
+
+python -m pipetutor.weights runs/20261124-101502-p2r1 alexnet.pt
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipetutor import checkpoint
+from pipetutor.checkpoint import CheckpointError
+
+
+def export(path: str | Path, file: str | Path) -> None:
+    """Write a checkpoint's weights as a plain torchvision ``state_dict``.
+
+    Args:
+        path: a checkpoint, or a run directory, whose newest is meant.
+        file: a ``.pt`` file, which holds tensors alone: ``torch.load`` reads it with ``weights_only``.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or the file cannot be written.
+
+    >>> export("runs/20261124-101502-p2r1", "alexnet.pt")  # doctest: +SKIP
+    >>> torchvision.models.alexnet(num_classes=10).load_state_dict(torch.load("alexnet.pt"))  # doctest: +SKIP
+    """
+    path, file = checkpoint.find(path), Path(file)
+    checkpoint.verify(path)
+    state = {name: empty for name, empty in checkpoint.stored_tensors(path).items() if name.startswith("model.")}
+    checkpoint.load_tensors(path, state)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        torch.save({name.removeprefix("model."): tensor for name, tensor in state.items()}, partial)
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write the weights to {file}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, file: str | Path) -> None:
+    """Fill a torchvision model from a ``state_dict`` file, executing nothing that is in it.
+
+    Args:
+        model: the model, with as many classes as the file's.
+        file: what ``export`` or ``torch.save(model.state_dict(), file)`` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds other than tensors, or is of another model.
+    """
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"weights {file}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises several kinds, for what is no archive and for what it will not execute
+        reason = str(error).splitlines()[0].split(".")[0]
+        raise CheckpointError(f"weights {file} is not a state_dict that holds tensors alone: {reason}") from None
+    wanted = model.state_dict()
+    shapes = {n: tuple(getattr(t, "shape", ())) for n, t in found.items()} if isinstance(found, dict) else {}
+    kind = type(model).__name__
+    for name, tensor in wanted.items():
+        if name not in shapes:
+            raise CheckpointError(f"weights {file} are not of this {kind}: {name} is missing")
+        if shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"weights {file} are not of this {kind}: {name} is {shapes[name]}, and the model's is "
+                f"{tuple(tensor.shape)}"
+            )
+    if surplus := shapes.keys() - wanted.keys():
+        raise CheckpointError(f"weights {file} are not of this {kind}: it has no {min(surplus)}")
+    model.load_state_dict(found)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m pipetutor.weights RUN_OR_CHECKPOINT WEIGHTS.pt   (writes a state_dict)")
+    try:
+        export(sys.argv[1], sys.argv[2])
+    except CheckpointError as error:
+        sys.exit(f"pipetutor: {error}")
+    print(f"wrote {sys.argv[2]}")
