@@ -175,7 +175,9 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
     dist.all_gather_object(sums, mine)
     if rank == 0:
         files = {name: sha256 for part in sums for name, sha256 in sorted(part.items())}
-        schedule = {"scheduler": engine.lr_scheduler.state_dict()} if engine.lr_scheduler else {}
+        schedule = {}
+        if engine.lr_scheduler:
+            schedule = {"scheduler": engine.lr_scheduler.state_dict(), "lr": engine.get_lr()}
         write_json(partial / MANIFEST, manifest | schedule | {"ranks": dist.get_world_size(), "files": files})
         _name(partial, final)
     dist.barrier()
@@ -252,6 +254,8 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
         )
     if "scheduler" in manifest and engine.lr_scheduler:
         engine.lr_scheduler.load_state_dict(manifest["scheduler"])
+        for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
+            group["lr"] = lr  # which the schedule would only set after the next step
     engine.global_steps = manifest["step"]
     for name, value in mine.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)

@@ -21,7 +21,7 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         Python stack where the run stalled, else the end of its log.
     """
     if report["stalled"]:
-        return _stalled(directory, [Beat(**beat) for beat in report["stalled"]])
+        return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report["deadline"])
     beats = {beat.rank: beat for beat in heartbeat.read(directory)}
     raised = {failure["rank"]: failure for failure in records.read_failures(directory)}
     # A rank that raised failed when it said so; one that was killed, when it ended.
@@ -44,7 +44,7 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _stalled(directory: Path, beats: list[Beat]) -> str:
+def _stalled(directory: Path, beats: list[Beat], deadline: float) -> str:
     found = heartbeat.culprits(beats)
     first = min(found, key=lambda beat: (beat.step, beat.since))
     stack = directory / f"stack_rank{first.rank}.txt"
@@ -52,7 +52,7 @@ def _stalled(directory: Path, beats: list[Beat]) -> str:
     who = f"rank {first.rank} holds the others up" if len(found) < len(beats) else f"rank {first.rank} came least far"
     return "\n".join(
         [
-            f"no step was completed within the deadline: {who}, at {first}",
+            f"no step was completed in {deadline:g} s: {who}, at {first}",
             *_doing(beats),
             f"the Python stack of rank {first.rank}, from {stack}:"
             if text

@@ -57,7 +57,7 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     figure = Picture(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     for index, (name, run) in enumerate(runs.items()):
-        steps = range(1, len(run.losses) + 1)
+        steps = range(run.first_step, run.first_step + len(run.losses))
         axes.plot(
             steps,
             run.losses,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor import checkpoint
+from pipetutor.config import OBJECTS
 from pipetutor.faults import Fault
 from pipetutor.partition import METHODS, bounds_for, catalog
 
@@ -212,6 +213,8 @@ def preflight(
     _one_of("dataset", dataset, sorted(DATASET_SIZES))
     layers = catalog()[model]
     bounds = bounds_for(layers, stages, partition) if stages else []
+    if "optimizer" not in config:
+        raise ValueError(f"the config has no optimizer, and nothing would be learned: add {OBJECTS['optimizer']}")
     zero_stage = _natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
     if stages and zero_stage >= 2:
         raise ValueError(

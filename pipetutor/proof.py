@@ -61,11 +61,11 @@ def build_model(name: str, seed: int = SEED) -> nn.Module:
     torch.manual_seed(seed)
     if name == "alexnet":
         return build(name, dropout=0.0)
-    features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"])
-    net = torchvision.models.VGG(features, num_classes=10, init_weights=False)
-    widths = {0: (64 * 7 * 7, 64), 3: (64, 64), 6: (64, 10)}
-    for index, (wide, out) in widths.items():
-        net.classifier[index] = nn.Linear(wide, out)
+    with torch.device("meta"):  # VGG's own classifier has 100 million weights, and none of them is wanted
+        net = torchvision.models.VGG(nn.Sequential(), num_classes=10, init_weights=False)
+    net.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"])
+    for index, (inputs, outputs) in {0: (64 * 7 * 7, 64), 3: (64, 64), 6: (64, 10)}.items():
+        net.classifier[index] = nn.Linear(inputs, outputs)
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -155,7 +155,6 @@ def _rank(case: Case, rank: int, folder: Path) -> dict[str, Any]:
 
     from pipetutor.engine import Instruction, model_state, observe, pipeline, replica_of
 
-    torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.stages * case.replicas)}
     store = dist.FileStore(str(folder / "store"), case.stages * case.replicas)
@@ -236,7 +235,6 @@ def _list(stages: list[int]) -> str:
 
 
 def _save_reference(case: Case, folder: Path) -> list[float]:
-    torch.set_num_threads(1)
     tensors, losses = reference(case)
     torch.save(tensors, folder / "reference.pt")
     return losses
@@ -252,7 +250,6 @@ def prove(cases: list[Case], folder: Path) -> Iterator[dict[str, Any]]:
     Yields:
         A row for each case; see ``judge``. A case that fails to run is a row whose ``reason`` says why.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed loads
     import deepspeed  # noqa: F401 (loaded once, here, and not once in every fork)
 
     with tempfile.TemporaryDirectory(prefix="pipetutor-proof-") as scratch:

@@ -143,7 +143,8 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
 
     Returns:
         ``code`` of the command (None if it was killed here), ``cancelled``, ``ended``: the ranks in the order in
-        which they ended, with pid, time and exit code, and ``stalled``: every rank's last heartbeat, if it did.
+        which they ended, with pid, time and exit code, ``deadline``, and ``stalled``: every rank's last heartbeat,
+        if it did.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ranks, progress = Ranks(rank_count), Progress(directory, rank_count, deadline)
@@ -171,7 +172,8 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
     kill_descendants()
     if records.read(directory).get("status") != "finished" or code != 0:
         records.update(directory, status="interrupted" if cancelled else "failed")
-    return {"code": code, "cancelled": cancelled, "ended": ranks.ended, "stalled": [asdict(beat) for beat in stalled]}
+    report = {"code": code, "cancelled": cancelled, "ended": ranks.ended, "deadline": deadline}
+    return report | {"stalled": [asdict(beat) for beat in stalled]}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def run():
         replicas=1,
         losses=[2.3, 2.0, 1.5],
         seconds=[1.0, 0.5, 0.5],
+        first_step=1,
+        evaluations=[],
         train_batch=8,
         micro_batch=2,
         micro_batches=4,

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from pipetutor import launch
-from pipetutor.preflight import DATASET_SIZES, Batch, batch_arithmetic, preflight, read_config
+from pipetutor.config import read_config
+from pipetutor.preflight import DATASET_SIZES, Batch, batch_arithmetic, preflight
 
 GOOD = dict(
     ranks=2,
