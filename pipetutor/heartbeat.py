@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 STACK_SIGNAL = signal.SIGUSR1
+COLLECTIVES = ("ReduceGrads", "AggregateLoss")
 _WIDTH = 512
 
 
@@ -100,9 +101,9 @@ def read(directory: Path) -> list[Beat]:
 def culprits(beats: Sequence[Beat]) -> list[Beat]:
     """Find whom a stalled run waits for.
 
-    A rank inside an instruction that needs others waits for those of them that are not in the same
-    instruction with it. Who waits for nobody holds the others up. Where everybody waits, they wait in a
-    circle, and all of it is returned.
+    A rank that sends or receives waits for its peer. A rank in a collective waits for those peers that are not
+    in it with it. Who waits for nobody holds the others up. Where everybody waits, they wait in a circle, and
+    all of them are returned.
 
         rank 0: RecvGrad  --needs-->  rank 1: ForwardPass        culprit: rank 1
 
@@ -112,9 +113,10 @@ def culprits(beats: Sequence[Beat]) -> list[Beat]:
     by_rank = {beat.rank: beat for beat in beats}
 
     def waits(beat: Beat) -> bool:
-        together = (beat.phase, beat.step, beat.instruction)
+        place = (beat.phase, beat.step, beat.instruction)
         peers = [by_rank[rank] for rank in beat.peers if rank in by_rank]
-        return any((peer.phase, peer.step, peer.instruction) != together for peer in peers)
+        met = [peer for peer in peers if (peer.phase, peer.step, peer.instruction) == place]
+        return len(peers) > (len(met) if beat.instruction in COLLECTIVES else 0)
 
     return [beat for beat in beats if not waits(beat)] or list(beats)
 

@@ -1,0 +1,170 @@
+"""A run that hangs, dies or slows down is ended in time, and the error names who, where and why."""
+
+import os
+import time
+
+import pytest
+from conftest import SMALL_SGD, RankFailed, processes_of, train
+
+from pipetutor import RunFailed, launch
+from pipetutor.diagnosis import diagnose
+from pipetutor.faults import Fault
+from pipetutor.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
+
+DEADLINE = 5
+
+
+def ranks_of(beats):
+    return [beat.rank for beat in beats]
+
+
+def test_the_culprit_is_who_waits_for_nobody():
+    chain = [
+        Beat(0, "training", 3, "RecvGrad", 0, [1]),
+        Beat(1, "training", 3, "RecvGrad", 0, [2]),
+        Beat(2, "training", 3, "ForwardPass", 1),
+    ]
+    assert ranks_of(culprits(chain)) == [2]
+
+
+def test_who_waits_in_one_collective_waits_for_who_is_missing():
+    replicas = [
+        Beat(0, "training", 3, "ReduceGrads", None, [1, 2]),
+        Beat(1, "training", 3, "ReduceGrads", None, [0, 2]),
+        Beat(2, "training", 3, "BackwardPass", 1),
+    ]
+    assert ranks_of(culprits(replicas)) == [2]
+
+
+def test_who_is_a_step_behind_is_waited_for():
+    behind = [Beat(0, "training", 4, "RecvGrad", 0, [1]), Beat(1, "saving", 3)]
+    assert ranks_of(culprits(behind)) == [1]
+
+
+def test_a_circle_has_no_single_culprit():
+    """Both receive: nobody sends, as in a schedule that deadlocks."""
+    circle = [Beat(0, "training", 2, "RecvGrad", 0, [1]), Beat(1, "training", 2, "RecvActivation", 0, [0])]
+    assert ranks_of(culprits(circle)) == [0, 1]
+
+
+def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
+    heart = Heartbeat(tmp_path, 3)
+    assert read(tmp_path)[0].phase == "starting"
+    heart.enter("training", 7)
+    before = read(tmp_path)[0]
+    heart.before("RecvGrad", 11, [2])
+    (beat,) = read(tmp_path)
+    assert (beat.rank, beat.step, beat.instruction, beat.micro_batch, beat.peers) == (3, 7, "RecvGrad", 11, [2])
+    assert str(beat) == "RecvGrad of micro-batch 11 in step 7, which needs rank 2"
+    assert beat.progress == before.progress, "an instruction of a step is no step"
+    assert 0 <= time.time() - beat.since < 5
+    heart.enter("evaluating", 7)
+    heart.before("ForwardPass", 0)
+    assert read(tmp_path)[0].progress == before.progress + 2
+    assert str(read(tmp_path)[0]) == "ForwardPass of micro-batch 0 evaluating after step 7"
+
+
+def test_a_process_writes_its_stack_when_asked(tmp_path):
+    Heartbeat(tmp_path, 0)
+    ask_for_stacks(tmp_path, {0: os.getpid()})
+    assert "test_a_process_writes_its_stack_when_asked" in (tmp_path / "stack_rank0.txt").read_text()
+
+
+def test_a_stopped_rank_gives_no_stack_and_is_named(tmp_path):
+    beats = [{"rank": 0, "phase": "training", "step": 1, "instruction": "RecvGrad", "micro_batch": 0, "peers": [1]}]
+    beats.append({"rank": 1, "phase": "training", "step": 1, "instruction": "ForwardPass", "micro_batch": 0})
+    said = diagnose(tmp_path, {"stalled": beats, "deadline": 9})
+    assert "no step was completed in 9 s: rank 1 holds the others up" in said and "it gave no stack" in said
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("hang:rank=1,step=3", "unknown fault 'hang': there is stall, die, slow, ragged"),
+        ("stall", "needs a rank and a step, for example stall:rank=1,step=3"),
+        ("stall:rank=one,step=3", "needs a rank and a step"),
+        ("stall:rank=1,step=3,seconds=2", "seconds is not for stall"),
+        ("slow:rank=1,step=3,seconds=-2", "seconds=-2 is not for slow"),
+        (3, "unknown fault '3'"),
+    ],
+)
+def test_a_fault_that_says_too_little_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        launch(steps=3, fault=text)
+
+
+@pytest.mark.parametrize(
+    "fault, stages, words",
+    [
+        ("stall:rank=2,step=1", 2, "this run has the ranks 0 to 1 and the steps 1 to 3"),
+        ("stall:rank=1,step=4", 2, "this run has the ranks 0 to 1 and the steps 1 to 3"),
+        ("ragged:rank=1,step=1", 3, "only the first and the last stage load micro-batches; use rank 0 or 2"),
+    ],
+)
+def test_a_fault_that_the_run_has_no_place_for_is_refused(fault, stages, words):
+    with pytest.raises(ValueError, match=words):
+        launch(stages=stages, steps=3, fault=fault)
+
+
+def test_a_fault_can_be_read_back():
+    assert Fault.parse("slow:rank=1,step=3,seconds=0.5") == Fault("slow", 1, 3, 0.5)
+
+
+def failure(runs, fault, **options):
+    """Launch with a fault; return the error's text and how many seconds after the last step it came."""
+    with pytest.raises(RunFailed) as failed:
+        launch(steps=1000, config=SMALL_SGD, fault=fault, deadline=DEADLINE, runs_dir=runs, **options)
+    last = max(path.stat().st_mtime for path in runs.glob("*/steps.jsonl"))
+    assert not processes_of(runs.parent)
+    return str(failed.value), time.time() - last
+
+
+def test_a_rank_that_stalls_is_named_with_its_stack(runs):
+    said, late = failure(runs, "stall:rank=1,step=2")
+    head = "no step was completed in 5 s: rank 1 holds the others up, at ForwardPass of micro-batch 0 in step 2"
+    assert said.startswith(head)
+    assert "rank 0: RecvGrad of micro-batch 0 in step 2, which needs rank 1, since" in said
+    assert "the Python stack of rank 1" in said and "faults.py" in said and "in act" in said
+    assert late < DEADLINE + 10
+
+
+def test_a_replica_that_is_slow_is_named(runs):
+    """Every rank gets on, but no step is completed in time; the baseline, whose ranks meet in ReduceGrads."""
+    said, late = failure(runs, "slow:rank=1,step=2,seconds=4", stages=0, replicas=2)
+    head = said.splitlines()[0]
+    assert "rank 1 holds the others up, at " in head and "Pass of micro-batch 0 in step 2" in head
+    assert "rank 0: ReduceGrads of micro-batch 0 in step 2, which needs rank 1" in said
+    assert "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)" in said
+    assert late < DEADLINE + 10
+
+
+def test_a_rank_that_dies_is_named_with_what_it_did(runs):
+    said, late = failure(runs, "die:rank=0,step=2")
+    assert said.startswith(
+        "rank 0 failed first: killed by SIGKILL (exit code -9), at ForwardPass of micro-batch 0 in step 2"
+    )
+    assert "rank 1: RecvActivation of micro-batch 0 in step 2, which needs rank 0" in said and late < 10
+
+
+@pytest.mark.parametrize("stages, rank", [(3, 2), (0, 0)])
+def test_a_ragged_micro_batch_is_refused_where_it_is_loaded(runs, stages, rank):
+    """The first stage of a pipeline would send activations of another shape, and the last one wait for ever."""
+    arguments = ["-s", 3, "--fault", f"ragged:rank={rank},step=2", "--model", "mobilenet_v3_small"]
+    with pytest.raises(RankFailed, match="ragged micro-batch: 1 images, and every other one has 2"):
+        train(runs, *arguments, stages=stages)
+    said = diagnose(runs, {"stalled": [], "ended": [], "code": 1})
+    assert said.startswith(f"rank {rank} failed first: ValueError: ragged micro-batch: 1 images")
+    assert f"at LoadMicroBatch of micro-batch 0 in step 2\n    rank {rank}: LoadMicroBatch" in said or stages == 3
+    assert ", at LoadMicroBatch of micro-batch 0 in step 2" in said.splitlines()[0]
+
+
+def test_a_slow_step_within_the_deadline_is_left_alone(runs):
+    run = launch(stages=1, steps=2, model="mobilenet_v3_small", fault="slow:rank=0,step=2", deadline=30,
+                 config=SMALL_SGD, runs_dir=runs)  # fmt: skip
+    assert run.seconds[1] > 4, "two micro-batches, forward and backward, a second each"
+
+
+@pytest.mark.parametrize("deadline", [0, -1, "ten", True])
+def test_a_deadline_that_is_none_is_refused(deadline):
+    with pytest.raises(ValueError, match="must be a number of seconds above 0"):
+        launch(deadline=deadline)

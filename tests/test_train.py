@@ -1,0 +1,92 @@
+"""What the trainers compute, and in which order they read: the same at any number of stages."""
+
+import itertools
+import json
+
+import pytest
+from conftest import SMALL, SMALL_SGD, RankFailed, train
+
+
+def test_every_topology_computes_what_one_process_computes(runs):
+    """Dropout off, fp32, Adam: the baseline and 1 to 4 stages have the same losses."""
+    quiet = ["-s", 10, "--dropout", 0]
+    base = train(runs / "base", *quiet, stages=0)
+    assert len(base.losses) == 10 and base.parts == [] and base.status == "finished"
+    assert max(base.losses) - min(base.losses) > 1e-3
+    for stages in (1, 2, 3, 4):
+        run = train(runs / str(stages), *quiet, stages=stages)
+        assert run.losses == pytest.approx(base.losses, abs=1e-5, rel=0), stages
+        assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
+
+
+def test_replicas_read_the_images_of_one_process(runs):
+    """With SGD: replicas add gradients up in another order, and Adam would make that rounding large."""
+    quiet = ["-s", 5, "--dropout", 0]
+    base = train(runs / "base", *quiet, stages=0, config=SMALL_SGD)
+    common = dict(stages=2, replicas=2, config=SMALL_SGD)
+    replicas = train(runs / "replicas", *quiet, "--partition", "0,16,22", **common)
+    assert (replicas.micro_batches, replicas.parts) == (1, [0, 16, 22])
+    assert replicas.losses == pytest.approx(base.losses, abs=1e-5, rel=0)
+    assert max(base.losses) - min(base.losses) > 1e-3
+
+
+SIZE = 25
+
+
+def note_what_is_read():
+    """25 images: 6 micro-batches of 4 and a ragged one a pass. Each rank notes the images that it trains on."""
+    from pathlib import Path
+
+    from pipetutor import data, loop
+
+    whole, full = data.load, loop._full
+
+    def cut(*args):
+        found = whole(*args)
+        found.data, found.targets = found.data[:SIZE], list(range(SIZE))
+        found.target_transform = lambda number: number
+        return found
+
+    def noted(*args):
+        for images, numbers in full(*args):
+            with Path(f"read_by_rank{loop.dist.get_rank()}").open("a") as file:
+                file.write(json.dumps(numbers.tolist()) + "\n")
+            yield [images, numbers % 10]
+
+    data.load, loop._full = cut, noted
+
+
+def read(directory, rank):
+    return [json.loads(line) for line in (directory / f"read_by_rank{rank}").read_text().splitlines()]
+
+
+def test_two_passes_over_images_that_nothing_divides(runs):
+    """3 stages, 4 steps of 4 micro-batches: two passes and more, each in an order of its own, as the baseline's."""
+    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "wall_clock_breakdown": True}
+    arguments = ["-s", 4, "--model", "mobilenet_v3_small", "--dropout", 0]
+    common = dict(config=config, patch=note_what_is_read)
+    pipe = train(runs / "pipe", *arguments, stages=3, **common)
+    base = train(runs / "base", *arguments, stages=0, **common)
+    order = read(runs / "pipe", rank=0)
+    assert order == read(runs / "pipe", rank=2) == read(runs / "base", rank=0), "first stage, last stage, baseline"
+    first, second = (list(itertools.chain(*order[start : start + 6])) for start in (0, 6))
+    assert first != second
+    for one_pass in (first, second):
+        assert len(set(one_pass)) == len(one_pass) == 24, "an image twice, or a ragged micro-batch"
+    assert not (runs / "pipe" / "read_by_rank1").exists(), "a stage in the middle loads nothing"
+    assert pipe.losses == pytest.approx(base.losses, abs=1e-5) and len(pipe.losses) == 4
+
+
+def test_a_run_can_be_taken_over_and_says_how_it_came_about(runs):
+    """The same run directory again: its evaluations and steps are those of the new run alone."""
+    for steps in (2, 1):
+        run = train(runs, "-s", steps, "--model", "mobilenet_v3_small")
+        assert len(run.losses) == steps and "--model mobilenet_v3_small" in run.command
+    said = (runs / "rank0.txt").read_text()
+    assert "train batch 4 = micro-batch 2 x 2 micro-batches x 1 replica" in said
+    assert "P = 1, M = 2: stages of equal work idle (P-1)/(M+P-1) = 0/2 = 0.0 % of each step" in said
+
+
+def test_saving_needs_a_place_to_save_to(runs):
+    with pytest.raises(RankFailed, match="--save-every needs a place to save to: give --run-dir, too"):
+        train(runs, "-s", 1, "--save-every", 1, "--run-dir", "", config=SMALL)
