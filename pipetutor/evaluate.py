@@ -7,7 +7,7 @@ lacks to fill them is padded with its last image, and the padding is left out of
                                              replica 1:  [1 3] [. .]      . padding
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,11 +81,8 @@ def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction],
 
 def _through_stages(engine: Any, testset: Dataset[Any], indices: torch.Tensor) -> list[torch.Tensor]:
     """Run DeepSpeed's inference schedule; return the logits of each micro-batch on the last stage, else none."""
-    batches: Iterator[Any]
-    if engine.is_first_stage():
-        batches = iter(data.loader(testset, indices.flatten().tolist(), indices.shape[1], engine.device))
-    else:  # the engine draws from it on the last stage, for labels that are not needed here
-        batches = iter([[row, row] for row in indices])
+    source = testset if engine.is_first_stage() else data.Labels(testset)
+    batches = iter(data.loader(source, indices.flatten().tolist(), indices.shape[1], engine.device))
     # With the loss left out, an output takes the place of a loss: all of them are kept, and one is added to a sum.
     engine.total_loss = None
     logits = engine.eval_batch(batches, compute_loss=False, reduce_output=None, num_micro_batches=len(indices))

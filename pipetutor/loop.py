@@ -47,7 +47,9 @@ class Loop:
             self._resume()
         self.done = self.step
         shape = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
-        batches = data.micro_batches(self.trainset, *shape, replica_of(engine), args.seed, engine.device, self.start)
+        first = not is_pipeline(engine) or engine.is_first_stage()
+        source = self.trainset if first else data.Labels(self.trainset)
+        batches = data.micro_batches(source, *shape, replica_of(engine), args.seed, engine.device, self.start)
         self.micro_batches = _full(batches, shape[0], self._cuts)
 
     def _before(self, instruction: Instruction) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -105,5 +106,43 @@ def stages(run: Run) -> Figure:
     axes.set_xlim(-0.5, len(parameters) - 0.5)
     axes.set_ylim(0, top * 1.05)
     axes.set_ylabel("million parameters")
+    _plain(axes)
+    return figure
+
+
+def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
+    """Draw how far each pipeline's gradients are from one process's, and where the controls are.
+
+    Args:
+        rows: of a ``pipetutor.certify.Certificate``.
+        tolerance: the relative difference above which a row fails, drawn as a line.
+    """
+    compared = [row for row in rows if "gradient" in row]
+    figure = Picture(figsize=(8, 1.2 + 0.26 * len(compared)), layout="constrained")
+    axes = figure.subplots()
+    least = 1e-9  # where an exact zero is drawn, which a logarithm has no place for
+    for place, row in enumerate(compared):
+        wrong = bool(row["control"])
+        value = row["gradient"]["relative"]
+        colour = COLOURS[1 if wrong else 0]
+        axes.hlines(place, least, max(value, least), color=colour, linewidth=1)
+        axes.plot(
+            max(value, least), place, "s" if wrong else "o", color=colour, fillstyle="full" if value else "none"
+        )
+    axes.axvline(tolerance, color="black", linestyle="--", linewidth=1)
+    axes.text(tolerance, -1, " fails beyond", va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(least / 3, 30)
+    ticks = [least, 1e-7, 1e-5, 1e-3, 1e-1, 1e1]
+    axes.set_xticks(ticks, ["equal to\nthe last bit", *(f"$10^{{{exponent}}}$" for exponent in (-7, -5, -3, -1, 1))])
+    axes.set_xlabel("largest difference of a gradient, relative to the largest entry of its tensor")
+    names = [
+        f"{row['model']}  P={row['stages']} M={row['micro_batches']} R={row['replicas']}"
+        + (f"  control: {row['control']}" if row["control"] else "")
+        for row in compared
+    ]
+    axes.set_yticks(range(len(compared)), names, fontsize=9)
+    axes.set_ylim(len(compared) - 0.5, -1.5)
+    axes.minorticks_off()
     _plain(axes)
     return figure

@@ -213,8 +213,6 @@ def preflight(
     _one_of("dataset", dataset, sorted(DATASET_SIZES))
     layers = catalog()[model]
     bounds = bounds_for(layers, stages, partition) if stages else []
-    if "optimizer" not in config:
-        raise ValueError(f"the config has no optimizer, and nothing would be learned: add {OBJECTS['optimizer']}")
     zero_stage = _natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
     if stages and zero_stage >= 2:
         raise ValueError(
@@ -229,6 +227,8 @@ def preflight(
             f"{batch.micro * batch.replicas} images, but {dataset} has {DATASET_SIZES[dataset]}: use a micro-batch "
             f"of at most {DATASET_SIZES[dataset] // batch.replicas}"
         )
+    if "optimizer" not in config:
+        raise ValueError(f"the config has no optimizer, and nothing would be learned: add {OBJECTS['optimizer']}")
     if backend is not None:
         _one_of("backend", backend, list(BACKENDS))
     local_ranks = local_ranks or ranks

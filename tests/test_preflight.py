@@ -8,7 +8,7 @@ import pytest
 
 from pipetutor import launch
 from pipetutor.config import read_config
-from pipetutor.preflight import DATASET_SIZES, Batch, batch_arithmetic, preflight
+from pipetutor.preflight import DATASET_SIZES, Batch, batch_arithmetic, explain, preflight
 
 GOOD = dict(
     ranks=2,
@@ -17,7 +17,7 @@ GOOD = dict(
     model="alexnet",
     dataset="synthetic",
     partition="parameters",
-    config={"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8},
+    config={"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "SGD"}},
     backend=None,
     gpus=0,
 )
@@ -66,6 +66,11 @@ def test_a_good_run_is_planned():
         (dict(seed=2**32), ["below 2**32"]),
         (dict(partition=[0, 16, 22]), ["[0, 16, 22]", "must be a string", "0,16,22"]),
         (dict(config=GOOD["config"] | {"zero_optimization": {"stage": "1"}}), ["'1'", "whole number"]),
+        (dict(config={"train_batch_size": 8}), ["no optimizer", "nothing would be learned", "Adam"]),
+        (dict(eval_every=0), ["eval_every is 0", "at least 1: 10, say"]),
+        (dict(save_every=2.5), ["save_every is 2.5", "whole number"]),
+        (dict(resume="/nowhere"), ["/nowhere holds no checkpoint", "save_every=N", "checkpoints/step-"]),
+        (dict(fault="die:rank=0,step=2"), ["rank 0, step 2", "steps 1 to 1"]),
     ],
 )
 def test_bad_input_is_refused_with_both_numbers(change, words):
@@ -124,6 +129,16 @@ def test_a_dict_is_laid_over_the_default():
     config = read_config({"train_batch_size": 32})
     assert config["train_batch_size"] == 32 and config["optimizer"]["params"]["lr"] == 1e-3
     assert batch_arithmetic(read_config({"gradient_accumulation_steps": 3}), 2) == Batch(48, 8, 3, 2)
+
+
+def test_the_batch_arithmetic_is_explained_with_the_runs_own_numbers():
+    assert explain(read_config(None), stages=3, replicas=2).splitlines() == [
+        "train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas",
+        "gradient accumulation 16 = 256 / (8 x 2): it is the pipeline's M",
+        "P = 3, M = 16: stages of equal work idle (P-1)/(M+P-1) = 2/18 = 11.1 % of each step",
+    ]
+    alone = explain(read_config({"train_batch_size": 32}), stages=0).splitlines()
+    assert len(alone) == 2 and alone[1].endswith("gradients of so many micro-batches are added up, then one step")
 
 
 @pytest.mark.parametrize(
