@@ -7,7 +7,7 @@ EXECUTED := $(addprefix build/notebooks/,$(NOTEBOOKS))
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run test lab html clean
+.PHONY: run test prove lab html clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -29,6 +29,9 @@ test: $(READY)
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m nbstripout --keep-id --verify notebooks/*.ipynb
 	$(VENV)/bin/python -m pytest
+
+prove: $(READY)
+	$(VENV)/bin/python -m pytest -m slow -s
 
 lab: $(READY)
 	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_first_pipeline.ipynb

@@ -20,8 +20,8 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         One line that names the culprit, then what every rank was doing, then the culprit's last words: its
         Python stack where the run stalled, else the end of its log.
     """
-    if report["stalled"]:
-        return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report["deadline"])
+    if report["stalled"] is not None:
+        return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report)
     beats = {beat.rank: beat for beat in heartbeat.read(directory)}
     raised = {failure["rank"]: failure for failure in records.read_failures(directory)}
     # A rank that raised failed when it said so; one that was killed, when it ended.
@@ -44,23 +44,19 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _stalled(directory: Path, beats: list[Beat], deadline: float) -> str:
+def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
+    head = f"no step was completed in {report['deadline']:g} s: "
+    if absent := set(range(report["ranks"])) - {beat.rank for beat in beats}:
+        return "\n".join([f"{head}rank {min(absent)} did not start", *_doing(beats)])
     found = heartbeat.culprits(beats)
     first = min(found, key=lambda beat: (beat.step, beat.since))
+    verb = "holds the others up" if len(found) < len(beats) else "came least far"
     stack = directory / f"stack_rank{first.rank}.txt"
     text = stack.read_text() if stack.exists() else ""
-    who = f"rank {first.rank} holds the others up" if len(found) < len(beats) else f"rank {first.rank} came least far"
-    return "\n".join(
-        [
-            f"no step was completed in {deadline:g} s: {who}, at {first}",
-            *_doing(beats),
-            f"the Python stack of rank {first.rank}, from {stack}:"
-            if text
-            else "it gave no stack: it is stopped, or gone",
-            *(f"    {line}" for line in text.splitlines()[:20]),
-            "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)",
-        ]
-    )
+    shown = f"the Python stack of rank {first.rank}, from {stack}:" if text else "it gave no stack: stopped, or gone"
+    lines = [f"{head}rank {first.rank} {verb}, at {first}", *_doing(beats), shown]
+    lines += [f"    {line}" for line in text.splitlines()[:20]]
+    return "\n".join([*lines, "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)"])
 
 
 def _doing(beats: list[Beat]) -> list[str]:

@@ -34,8 +34,9 @@ def _full(batches: Batches, micro_batch: int, cuts: Callable[[], bool]) -> Batch
 class Loop:
     """What both modes do around a step: the data, the record, the heartbeat, evaluation and checkpoints."""
 
-    def __init__(self, args: argparse.Namespace, engine: Any, heart: Heartbeat):
-        self.args, self.engine, self.heart = args, engine, heart
+    def __init__(self, args: argparse.Namespace, engine: Any):
+        self.args, self.engine = args, engine
+        self.heart = Heartbeat(args.run_dir, dist.get_rank())
         self.fault = Fault.parse(args.fault) if args.fault else None
         observe(engine, self._before)
         self.trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)

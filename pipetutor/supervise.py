@@ -117,11 +117,11 @@ class Progress:
         self._directory, self._ranks, self._deadline = directory, ranks, deadline
         self._seen, self._moved, self._looked = -1, time.monotonic(), 0.0
 
-    def stalled(self) -> list[heartbeat.Beat]:
-        """Return the heartbeats of a run that made no progress within the deadline; none of any other."""
+    def stalled(self) -> list[heartbeat.Beat] | None:
+        """Return the heartbeats of a run that made no progress within the deadline, None of any other."""
         now = time.monotonic()
         if now - self._looked < min(0.5, self._deadline / 4):
-            return []
+            return None
         self._looked = now
         beats = heartbeat.read(self._directory)
         progress = sum(beat.progress for beat in beats)
@@ -129,7 +129,7 @@ class Progress:
             self._seen, self._moved = progress, now
         begun = len(beats) == self._ranks and all(beat.phase != "starting" for beat in beats)
         deadline = self._deadline if begun else max(self._deadline, STARTUP_SECONDS)
-        return beats if now - self._moved > deadline else []
+        return beats if now - self._moved > deadline else None
 
 
 def supervise(command: list[str], directory: Path, rank_count: int, deadline: float) -> dict[str, Any]:
@@ -143,17 +143,17 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
 
     Returns:
         ``code`` of the command (None if it was killed here), ``cancelled``, ``ended``: the ranks in the order in
-        which they ended, with pid, time and exit code, ``deadline``, and ``stalled``: every rank's last heartbeat,
-        if it did.
+        which they ended, with pid, time and exit code, ``deadline``, ``ranks``, the count, and ``stalled``:
+        every rank's last heartbeat, or None if it did not.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ranks, progress = Ranks(rank_count), Progress(directory, rank_count, deadline)
     end, cancelled = float("inf"), False
-    stalled: list[heartbeat.Beat] = []
+    stalled: list[heartbeat.Beat] | None = None
     with open(directory / "logs" / "launcher.log", "wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     child_fd = os.pidfd_open(child.pid)
-    while child.poll() is None and time.monotonic() < end and not stalled:
+    while child.poll() is None and time.monotonic() < end and stalled is None:
         ranks.look()
         readable, _, _ = select.select([sys.stdin, child_fd, *ranks.pidfds], [], [], 0.1)
         ranks.collect([fd for fd in readable if isinstance(fd, int)])
@@ -163,17 +163,17 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
         failed = any(end["code"] for end in ranks.ended) or any(directory.glob("failure_rank*.json"))
         if failed and end == float("inf"):
             end = time.monotonic() + GRACE_SECONDS
-        stalled = [] if failed else progress.stalled()
+        stalled = None if failed else progress.stalled()
     code = child.poll()
     ranks.collect(select.select(ranks.pidfds, [], [], 0)[0])
-    if stalled:
+    if stalled is not None:
         beating = {beat.rank for beat in stalled}
         heartbeat.ask_for_stacks(directory, {rank: pid for rank, pid in ranks.pids.items() if rank in beating})
     kill_descendants()
     if records.read(directory).get("status") != "finished" or code != 0:
         records.update(directory, status="interrupted" if cancelled else "failed")
-    report = {"code": code, "cancelled": cancelled, "ended": ranks.ended, "deadline": deadline}
-    return report | {"stalled": [asdict(beat) for beat in stalled]}
+    report = {"code": code, "cancelled": cancelled, "ended": ranks.ended, "deadline": deadline, "ranks": rank_count}
+    return report | {"stalled": None if stalled is None else [asdict(beat) for beat in stalled]}
 
 
 if __name__ == "__main__":

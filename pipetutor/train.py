@@ -116,7 +116,6 @@ def train_base(args: argparse.Namespace) -> Any:
     Returns:
         The DeepSpeed engine, trained for ``args.steps`` train batches.
     """
-    heart = Heartbeat(args.run_dir, dist.get_rank())
     torch.manual_seed(args.seed)
     engine = data_parallel(_model(args), read_config(args.deepspeed_config))
     criterion = nn.CrossEntropyLoss()
@@ -133,7 +132,7 @@ def train_base(args: argparse.Namespace) -> Any:
         dist.all_reduce(total)
         return total / (accumulation * dist.get_world_size())
 
-    Loop(args, engine, heart).run(one_step)
+    Loop(args, engine).run(one_step)
     return engine
 
 
@@ -150,10 +149,9 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     Returns:
         The DeepSpeed pipeline engine, trained for ``args.steps`` train batches.
     """
-    heart = Heartbeat(args.run_dir, dist.get_rank())
     deepspeed.runtime.utils.set_random_seed(args.seed)
     engine = pipeline(_model(args), args.pipeline_parallel_size, part, read_config(args.deepspeed_config))
-    Loop(args, engine, heart).run(lambda micro_batches: engine.train_batch(data_iter=micro_batches))
+    Loop(args, engine).run(lambda micro_batches: engine.train_batch(data_iter=micro_batches))
     return engine
 
 
@@ -215,8 +213,9 @@ def main() -> None:
         plan = make_plan(args)
         if args.save_every and not args.run_dir:
             raise ValueError("--save-every needs a place to save to: give --run-dir, too")
-        if args.run_dir and rank == 0:
+        if args.run_dir:
             args.run_dir.mkdir(parents=True, exist_ok=True)
+            Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
     except (ValueError, OSError) as error:
         if rank == 0:
             print(f"pipetutor: {error}", file=sys.stderr)

@@ -73,8 +73,14 @@ def test_a_process_writes_its_stack_when_asked(tmp_path):
 def test_a_stopped_rank_gives_no_stack_and_is_named(tmp_path):
     beats = [{"rank": 0, "phase": "training", "step": 1, "instruction": "RecvGrad", "micro_batch": 0, "peers": [1]}]
     beats.append({"rank": 1, "phase": "training", "step": 1, "instruction": "ForwardPass", "micro_batch": 0})
-    said = diagnose(tmp_path, {"stalled": beats, "deadline": 9})
+    said = diagnose(tmp_path, {"stalled": beats, "deadline": 9, "ranks": 2})
     assert "no step was completed in 9 s: rank 1 holds the others up" in said and "it gave no stack" in said
+
+
+def test_a_rank_that_never_came_is_named(tmp_path):
+    waiting = {"rank": 0, "phase": "starting"}
+    said = diagnose(tmp_path, {"stalled": [waiting], "deadline": 9, "ranks": 2})
+    assert said.startswith("no step was completed in 9 s: rank 1 did not start\n    rank 0: starting, since")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_a_ragged_micro_batch_is_refused_where_it_is_loaded(runs, stages, rank):
     arguments = ["-s", 3, "--fault", f"ragged:rank={rank},step=2", "--model", "mobilenet_v3_small"]
     with pytest.raises(RankFailed, match="ragged micro-batch: 1 images, and every other one has 2"):
         train(runs, *arguments, stages=stages)
-    said = diagnose(runs, {"stalled": [], "ended": [], "code": 1})
+    said = diagnose(runs, {"stalled": None, "ended": [], "code": 1})
     assert said.startswith(f"rank {rank} failed first: ValueError: ragged micro-batch: 1 images")
     assert f"at LoadMicroBatch of micro-batch 0 in step 2\n    rank {rank}: LoadMicroBatch" in said or stages == 3
     assert ", at LoadMicroBatch of micro-batch 0 in step 2" in said.splitlines()[0]

@@ -1,0 +1,101 @@
+"""Proofs that take minutes: `make prove` runs them, and `make test` does not."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, processes_of, train
+from test_launch import ENDS_WITHIN, deepspeed, ranks_of, script, wait_until
+
+from pipetutor import Run, checkpoint, launch
+from pipetutor.records import STEPS, read_lines
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(600)
+def test_the_readmes_command_reaches_90_percent_in_5_minutes(runs):
+    """Two stages on two cores, from the start of the command to its end."""
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "configs/synthetic_90.json" in line]
+    words = line.split()[3:]
+    assert line.split()[:3] == ["deepspeed", "--num_gpus", "2"]
+    begin = time.monotonic()
+    done = deepspeed(*words[2:], "--run-dir", str(runs), cwd=ROOT, ranks=2, timeout=560)
+    seconds = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = Run.load(runs)
+    print(f"\n{run.accuracy:.1%} in {seconds:.0f} s, {run.samples_per_second:.1f} images/s")
+    assert re.search(r"step \d+: \d+ of 500 test images are right \(\d+\.\d%\)", done.stdout)
+    assert run.accuracy >= 0.9 and seconds <= 300
+
+
+@pytest.mark.timeout(600)
+def test_the_whole_certificate_passes_in_4_minutes(tmp_path):
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "pipetutor.certify", "--runs-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    seconds = time.monotonic() - begin
+    print(f"\n{done.stdout}\n{seconds:.0f} s")
+    assert done.returncode == 0 and "PASSED: 32 of 32" in done.stdout and not processes_of(tmp_path)
+    assert seconds <= 240
+
+
+@pytest.mark.timeout(900)
+def test_the_whole_test_set_gives_the_same_number_everywhere(runs):
+    """500 images; micro-batches of 6 do not divide them."""
+    config = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 6}
+    trained = train(runs / "a", "-s", 30, "--dropout", 0, "--save-every", 30, config=config, seconds=300)
+    found = {}
+    for stages, replicas in ((0, 1), (1, 1), (2, 1), (4, 1), (2, 2)):
+        resumed = ["-s", 30, "--resume", trained.directory, "--eval-every", 1]
+        run = train(
+            runs / f"{stages}x{replicas}", *resumed, stages=stages, replicas=replicas, config=config, seconds=200
+        )
+        found[stages, replicas] = run.evaluations[-1]
+    print(found)
+    assert {result["correct"] for result in found.values()} == {found[0, 1]["correct"]}
+    assert {result["images"] for result in found.values()} == {500}
+    assert found[0, 1]["correct"] > 50
+
+
+KILLS = 20
+
+
+@pytest.mark.timeout(1800)
+def test_20_kills_at_random_moments_lose_nothing(runs):
+    """A run that saves every step; each kill is followed by a resume, which is killed in turn."""
+    steps = 1000
+    common = dict(stages=2, model="mobilenet_v3_small", config=SMALL)
+    moments = random.Random(1138)
+    losses: dict[int, float] = {}
+    latest: Path | None = None
+    begun = 0
+    for kill in range(KILLS + 1):
+        resume = "" if latest is None else f", resume={str(latest)!r}"
+        here = runs / f"kill{kill}"
+        kernel = script(here, f"launch(steps={steps}, save_every=1, **{common!r}{resume}, runs_dir=RUNS)")
+        wait_until(lambda here=here: any(here.glob("*/steps.jsonl")), 100)
+        (directory,) = here.iterdir()
+        wait_until(lambda directory=directory: list(read_lines(directory / STEPS)), 100)
+        time.sleep(moments.uniform(0, 3))  # the moment of the kill is the point
+        victims = [*ranks_of(runs).values(), kernel]
+        moments.choice(victims).send_signal(signal.SIGKILL)
+        kernel.communicate(timeout=ENDS_WITHIN)
+        wait_until(lambda: not processes_of(runs.parent), ENDS_WITHIN)
+        lines = list(read_lines(directory / STEPS))
+        first = lines[0]["step"]
+        assert first == begun + 1, "it went on from another step than the newest checkpoint's"
+        for line in lines:
+            known = losses.setdefault(line["step"], line["loss"])
+            assert known == line["loss"], f"step {line['step']} after kill {kill}"
+        if list(directory.glob("checkpoints/step-*")):
+            latest, begun = directory, checkpoint.verify(directory)["step"]
+    whole = launch(steps=max(losses), runs_dir=runs / "whole", **common)
+    print(f"\n{KILLS + 1} runs were killed on the way to step {max(losses)}")
+    assert [losses[step] for step in sorted(losses)] == whole.losses
