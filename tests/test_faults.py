@@ -164,12 +164,6 @@ def test_a_ragged_micro_batch_is_refused_where_it_is_loaded(runs, stages, rank):
     assert ", at LoadMicroBatch of micro-batch 0 in step 2" in said.splitlines()[0]
 
 
-def test_a_slow_step_within_the_deadline_is_left_alone(runs):
-    run = launch(stages=1, steps=2, model="mobilenet_v3_small", fault="slow:rank=0,step=2", deadline=30,
-                 config=SMALL_SGD, runs_dir=runs)  # fmt: skip
-    assert run.seconds[1] > 4, "two micro-batches, forward and backward, a second each"
-
-
 @pytest.mark.parametrize("deadline", [0, -1, "ten", True])
 def test_a_deadline_that_is_none_is_refused(deadline):
     with pytest.raises(ValueError, match="must be a number of seconds above 0"):

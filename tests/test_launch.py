@@ -16,7 +16,8 @@ import psutil
 import pytest
 from conftest import SMALL, processes_of
 
-from pipetutor import Run, RunFailed, launch
+from pipetutor import Run, RunFailed, launch, records
+from pipetutor.launch import watch
 from pipetutor.records import STEPS, read_lines
 
 ENDS_WITHIN = 10
@@ -56,7 +57,11 @@ LONG = "launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)"
 def test_a_run_is_recorded_and_can_be_read_again(runs):
     (runs.parent / "a path with spaces").mkdir()
     run = launch(
-        steps=2, model="vgg11", partition="uniform", config=SMALL, runs_dir=runs.parent / "a path with spaces"
+        steps=2,
+        model="mobilenet_v3_small",
+        partition="uniform",
+        config=SMALL,
+        runs_dir=runs.parent / "a path with spaces",
     )
     again = Run.load(run.directory)
     assert again == run and run.samples_per_second > 0 and len(run.seconds) == 2
@@ -71,7 +76,7 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
 
 
 def test_the_printed_command_does_the_same_work_alone(runs, capsys):
-    run = launch(steps=2, dropout=0.0, config=SMALL, runs_dir=runs)
+    run = launch(steps=2, model="mobilenet_v3_small", dropout=0.0, config=SMALL, runs_dir=runs)
     assert run.command in capsys.readouterr().out
     (run.directory / "steps.jsonl").unlink()
     subprocess.run(run.command, shell=True, check=True, timeout=90, capture_output=True)
@@ -130,13 +135,12 @@ def test_a_rank_that_raises_is_named(runs, monkeypatch):
     assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "failed"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_is_named_and_the_others_end(runs, victim):
+def test_a_rank_that_is_killed_is_named_and_the_others_end(runs):
     kernel = script(runs, LONG)
     wait_until(a_step_is_done(runs))
-    ranks_of(runs)[victim].kill()
+    ranks_of(runs)[1].kill()
     _, errors = kernel.communicate(timeout=ENDS_WITHIN)
-    assert f"rank {victim} failed first: killed by SIGKILL (exit code -9)" in errors, errors
+    assert "rank 1 failed first: killed by SIGKILL (exit code -9), at " in errors, errors
     assert not processes_of(runs.parent)
 
 
@@ -218,27 +222,21 @@ def deepspeed(*arguments, cwd, ranks=None, timeout=100):
     )
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["-p", "2"], "3 ranks cannot be divided into 2 stages"),
-        (["--steps", "many"], "argument -s/--steps: invalid int value: 'many'"),
-        (["-p", "3", "--run-dir", "/proc/nowhere"], "/proc/nowhere"),
-    ],
-)
-def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs, arguments, words):
-    done = deepspeed(*arguments, cwd=runs.parent, ranks=3)
+def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs):
+    done = deepspeed("-p", "2", "--save-every", "1", cwd=runs.parent, ranks=2)
     lines = [line for line in done.stderr.splitlines() if "pipetutor:" in line]
-    assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and "--save-every needs a place to save to" in lines[0], (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr + done.stdout
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("stages", [2, 0])
-def test_the_references_command_lines_work(runs, stages):
-    """`deepspeed train.py --deepspeed_config=ds_config.json -p 2 --steps=200`, here for a few images."""
+@pytest.mark.parametrize("stages, train_batch", [(2, 256), (0, 32)])
+def test_the_references_command_lines_work(runs, stages, train_batch):
+    """`deepspeed train.py --deepspeed_config=ds_config.json -p 2 --steps=200`, here for one step."""
     config = {
-        "train_batch_size": 256,
+        "train_batch_size": train_batch,
         "train_micro_batch_size_per_gpu": 8,
         "optimizer": {"type": "Adam", "params": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}},
         "steps_per_print": 10,
@@ -249,15 +247,19 @@ def test_the_references_command_lines_work(runs, stages):
     done = deepspeed(*arguments, cwd=runs.parent, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     run = Run.load(runs.parent / "recorded")
-    assert run.train_batch == 256 and run.status == "finished" and run.stages == stages
+    assert run.train_batch == train_batch and run.status == "finished" and run.stages == stages
     assert 2.2 < run.losses[0] < 2.4
     assert "--deepspeed_config=ds_config.json" in run.command
 
 
-def test_the_bar_saves_few_lines_where_nobody_watches(runs):
-    kernel = script(runs, "launch(stages=1, steps=60, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)")
-    _, errors = kernel.communicate(timeout=100)
-    assert kernel.returncode == 0 and "60/60" in errors
+def test_the_bar_saves_few_lines_where_nobody_watches(runs, capfd):
+    directory = records.create(runs, "bar")
+    (directory / "logs").mkdir()
+    write = "import sys; [print('{}', file=open(sys.argv[1], 'a')) for _ in range(60)]"
+    command = [sys.executable, "-c", write, str(directory / "lines.jsonl")]
+    report = watch(command, directory, 0, 30, directory / "lines.jsonl", 60, "lines", lambda line: "a line")
+    errors = capfd.readouterr().err
+    assert report["code"] == 0 and "60/60 lines" in errors and "a line" in errors
     assert len(re.findall("[\r\n]", errors)) < 30
 
 

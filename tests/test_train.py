@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from conftest import SMALL, SMALL_SGD, RankFailed, train
+from conftest import SMALL_SGD, RankFailed, train
 
 
 def test_every_topology_computes_what_one_process_computes(runs):
@@ -87,6 +87,23 @@ def test_a_run_can_be_taken_over_and_says_how_it_came_about(runs):
     assert "P = 1, M = 2: stages of equal work idle (P-1)/(M+P-1) = 0/2 = 0.0 % of each step" in said
 
 
-def test_saving_needs_a_place_to_save_to(runs):
-    with pytest.raises(RankFailed, match="--save-every needs a place to save to: give --run-dir, too"):
-        train(runs, "-s", 1, "--save-every", 1, "--run-dir", "", config=SMALL)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-p", "2"], "3 ranks cannot be divided into 2 stages"),
+        (["--run-dir", "/proc/nowhere"], "/proc/nowhere"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag (--help lists every flag)"),
+    ],
+)
+def test_bad_input_ends_the_job_with_status_2_and_one_line(runs, arguments, words):
+    """The other ranks leave with status 0: DeepSpeed's launcher ends the job at the first other one it sees."""
+    with pytest.raises(RankFailed, match=r"exit codes \[2, 0, 0\]") as refusal:
+        train(runs, "-s", 1, *arguments, stages=3)
+    lines = [line for line in str(refusal.value).splitlines() if "pipetutor: " in line]
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in str(refusal.value)
+
+
+def test_a_slow_rank_takes_longer(runs):
+    fault = ["--fault", "slow:rank=0,step=2,seconds=0.5"]
+    run = train(runs, "-s", 2, "--model", "mobilenet_v3_small", *fault)
+    assert run.seconds[1] > 2, "two micro-batches, forward and backward, half a second each"
