@@ -161,9 +161,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         certificate = certify(args.models.split(","), args.stages, runs_dir=args.runs_dir)
-    except ValueError as error:
+    except (ValueError, RunFailed) as error:
         print(f"pipetutor: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

@@ -5,7 +5,8 @@
         stack_rank0.txt        the rank's Python stack, once somebody has asked for it
 
 A heartbeat is one line of fixed width, overwritten in place: some microseconds, against the tenths of a
-second that an instruction takes. Standard library only.
+second that an instruction takes. On a GPU it says what the rank has begun to submit, which runs ahead of what
+the device computes. Standard library only.
 """
 
 import faulthandler

@@ -112,6 +112,7 @@ def launch(
         eval_every=eval_every,
         save_every=save_every,
         resume=resume,
+        weights=weights,
         fault=fault,
     )
     if isinstance(deadline, bool | str) or not deadline > 0:

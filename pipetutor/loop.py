@@ -19,10 +19,11 @@ from pipetutor.heartbeat import Heartbeat
 Batches = Iterator[list[torch.Tensor]]
 
 
-def _full(batches: Batches, micro_batch: int, cuts: Callable[[], bool]) -> Batches:
+def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> Batches:
     """Pass micro-batches on, refusing a ragged one where it is loaded, before it reaches another rank."""
-    for batch in batches:
-        images, labels = (part[:-1] for part in batch) if cuts() else batch
+    while True:
+        end = -1 if lacks_one() else None
+        images, labels = (part[:end] for part in next(batches))
         if len(images) != micro_batch:
             raise ValueError(
                 f"ragged micro-batch: {len(images)} images, and every other one has {micro_batch}. A pipeline agrees "
@@ -51,19 +52,18 @@ class Loop:
         first = not is_pipeline(engine) or engine.is_first_stage()
         source = self.trainset if first else data.Labels(self.trainset)
         batches = data.micro_batches(source, *shape, replica_of(engine), args.seed, engine.device, self.start)
-        self.micro_batches = _full(batches, shape[0], self._cuts)
+        self.micro_batches = _full(batches, shape[0], self._lacks_one)
 
     def _before(self, instruction: Instruction) -> None:
         self.heart.before(*instruction)
         if self.fault and self.heart.beat.phase == "training":
             self.fault.act(dist.get_rank(), self.step, instruction.name, instruction.micro_batch)
 
-    def _cuts(self) -> bool:
-        beat = self.heart.beat
-        if not is_pipeline(self.engine):  # whose loop is in train_base; a pipeline's engine loads by instruction
+    def _lacks_one(self) -> bool:
+        if not is_pipeline(self.engine):  # a pipeline's engine loads by instruction, and has said so
             loaded = self.engine.micro_steps % self.engine.gradient_accumulation_steps()
             self._before(Instruction("LoadMicroBatch", loaded))
-            beat = self.heart.beat
+        beat = self.heart.beat
         return self.fault is not None and self.fault.cuts(beat.rank, beat.step, beat.micro_batch)
 
     def _resume(self) -> None:

@@ -166,6 +166,7 @@ def preflight(
     eval_every: int | None = None,
     save_every: int | None = None,
     resume: str | Path | None = None,
+    weights: str | Path | None = None,
     fault: str | None = None,
 ) -> Plan:
     """Check a whole run and say what it will be.
@@ -186,6 +187,7 @@ def preflight(
         eval_every: steps between evaluations, or None for no evaluation.
         save_every: steps between checkpoints, or None for no checkpoint.
         resume: a checkpoint, or a run directory, to go on from.
+        weights: a ``state_dict`` file to start from.
         fault: a fault to inject; see ``pipetutor.faults``.
 
     Raises:
@@ -241,6 +243,8 @@ def preflight(
     done = 0
     if resume is not None or save_every is not None:
         _check_optimizer_can_be_saved(config, zero_stage)
+    if weights is not None and resume is not None:
+        raise ValueError(f"weights {weights} and checkpoint {resume}: a checkpoint has weights, so give one of them")
     if resume is not None:
         manifest = checkpoint.verify(resume)
         checkpoint.check_fits(manifest, checkpoint.identity(model, dataset, seed, config), steps)

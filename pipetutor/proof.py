@@ -148,7 +148,7 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     return worst
 
 
-def _rank(case: Case, rank: int, folder: Path) -> dict[str, Any]:
+def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     """Train one rank of the pipeline, and compare what it holds with the reference."""
     import deepspeed
     import torch.distributed as dist
@@ -157,10 +157,10 @@ def _rank(case: Case, rank: int, folder: Path) -> dict[str, Any]:
 
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.stages * case.replicas)}
-    store = dist.FileStore(str(folder / "store"), case.stages * case.replicas)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.stages * case.replicas)
+    meeting = dist.FileStore(str(store), case.stages * case.replicas)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=case.stages * case.replicas)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    expected = torch.load(folder / "reference.pt", mmap=True, weights_only=True)
+    expected = torch.load(scratch, mmap=True, weights_only=True)
     stage = rank // case.replicas
     other = case.control == "weights" and stage == case.stages - 1
     model = build_model(case.model, SEED + other)
@@ -234,9 +234,9 @@ def _list(stages: list[int]) -> str:
     return ", ".join(map(str, stages))
 
 
-def _save_reference(case: Case, folder: Path) -> list[float]:
+def _save_reference(case: Case, scratch: str) -> list[float]:
     tensors, losses = reference(case)
-    torch.save(tensors, folder / "reference.pt")
+    torch.save(tensors, scratch)
     return losses
 
 
@@ -245,25 +245,27 @@ def prove(cases: list[Case], folder: Path) -> Iterator[dict[str, Any]]:
 
     Args:
         cases: the rows; neighbours with the same model, M and replicas share one reference.
-        folder: an existing directory, for what libraries print.
+        folder: an existing directory, for what libraries print and where ranks meet.
 
     Yields:
         A row for each case; see ``judge``. A case that fails to run is a row whose ``reason`` says why.
     """
     import deepspeed  # noqa: F401 (loaded once, here, and not once in every fork)
 
-    with tempfile.TemporaryDirectory(prefix="pipetutor-proof-") as scratch:
-        work, known, losses = Path(scratch), None, []
+    log, store = folder / "proof.log", folder / "store"
+    known, losses = None, []
+    with tempfile.TemporaryFile() as file:  # without a name: however this ends, it is gone
+        scratch = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         for case in cases:
-            (work / "store").unlink(missing_ok=True)
+            store.unlink(missing_ok=True)
             try:
                 if known != (case.model, case.micro_batches, case.replicas):
                     known = None
-                    losses = forked([functools.partial(_save_reference, case, work)], folder / "proof.log")[0]
+                    losses = forked([functools.partial(_save_reference, case, scratch)], log)[0]
                     known = case.model, case.micro_batches, case.replicas
                 ranks = range(case.stages * case.replicas)
-                works = [functools.partial(_rank, case, rank, work) for rank in ranks]
-                yield judge(case, forked(works, folder / "proof.log"), losses)
+                works = [functools.partial(_rank, case, rank, store, scratch) for rank in ranks]
+                yield judge(case, forked(works, log), losses)
             except RuntimeError as error:
                 yield asdict(case) | {"equal": False, "reason": str(error)}
 

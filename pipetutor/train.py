@@ -96,6 +96,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         eval_every=args.eval_every,
         save_every=args.save_every,
         resume=args.resume,
+        weights=args.weights,
         fault=args.fault,
     )
 

@@ -70,6 +70,7 @@ def test_a_good_run_is_planned():
         (dict(eval_every=0), ["eval_every is 0", "at least 1: 10, say"]),
         (dict(save_every=2.5), ["save_every is 2.5", "whole number"]),
         (dict(resume="/nowhere"), ["/nowhere holds no checkpoint", "save_every=N", "checkpoints/step-"]),
+        (dict(resume="a", weights="b.pt"), ["weights b.pt", "checkpoint a", "give one of them"]),
         (dict(fault="die:rank=0,step=2"), ["rank 0, step 2", "steps 1 to 1"]),
     ],
 )
