@@ -87,7 +87,7 @@ class Loop:
             begin = time.perf_counter()
             loss = float(one_step(self.micro_batches))
             writer.write(self.step, loss, time.perf_counter() - begin)
-            if self.step % 10 == 0:
+            if self.step % 10 == 0 or self.step == args.steps:
                 say(f"step: {self.step:3d} / {args.steps:3d} loss: {loss:.6f}")
             if args.save_every and (self.step % args.save_every == 0 or self.step == args.steps):
                 self._save()
