@@ -48,8 +48,9 @@ class Certificate:
         return bool(self.rows) and all(row["equal"] != bool(row["control"]) for row in self.rows)
 
     def __str__(self) -> str:
-        """Return the table: the largest relative difference of each quantity, and the verdict, a row each."""
-        return "\n".join([_HEAD, *map(_line, self.rows), *map(_line, self.skipped), self.verdict])
+        """Return the table, largest differences and a verdict a row, and what gave the controls away."""
+        controls = [f"control {row['control']}: {row['reason']}" for row in self.rows if row["control"]]
+        return "\n".join([_HEAD, *map(_line, self.rows), *map(_line, self.skipped), *controls, self.verdict])
 
     @property
     def verdict(self) -> str:
@@ -77,7 +78,7 @@ def _line(row: dict[str, Any]) -> str:
     numbers.append(row["loss"]["relative"])
     verdict = "equal" if row["equal"] else row["reason"]
     if row["control"]:
-        verdict = f"control {row['control']!r}: " + ("NOT FOUND OUT" if row["equal"] else f"found out: {verdict}")
+        verdict = f"control {row['control']}: {'NOT FOUND OUT' if row['equal'] else 'found out'}"
     elif not row["equal"]:
         verdict = f"FAILED: {verdict}"
     return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {verdict}"

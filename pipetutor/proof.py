@@ -104,9 +104,8 @@ def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
                 (loss / count).backward()
                 total += loss.item()
         if step == 0:
-            tensors |= {
-                f"gradient.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-            }
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            tensors |= {f"gradient.{name}": gradient.clone() for name, gradient in gradients.items()}
         optimizer.step()
         losses.append(total / count)
     return tensors | {f"final.{name}": p.detach() for name, p in model.named_parameters()}, losses
