@@ -82,10 +82,15 @@ def verify(path: str | Path) -> dict[str, Any]:
     advice = f"; resume from {others[-1]} instead" if others else ""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"].items()
+        files = dict(manifest["files"])
+        missing = {"step", "position", "stages", "replicas", "files"} - manifest.keys()
+        if missing:
+            raise KeyError(min(missing))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}){advice}") from None
-    for name, sha256 in files:
+    if surplus := {shard.name for shard in path.glob("*.safetensors")} - files.keys():
+        raise CheckpointError(f"checkpoint {path} has a file that was not saved with it, {min(surplus)}: remove it")
+    for name, sha256 in files.items():
         if not (path / name).exists():
             raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing{advice}")
         if _sha256(path / name) != sha256:
@@ -169,7 +174,8 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     tensors |= _optimizer_state(engine, state) | _random_state(rank)
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # of replicas that differ, the first
+    dcp.save(tensors, storage_writer=writer, planner=planner)
     mine = {path.name: _sha256(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
     sums: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(sums, mine)

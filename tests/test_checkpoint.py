@@ -152,6 +152,8 @@ def spoil(run, how):
         os.truncate(shard, 1000)
     elif how == "missing":
         shard.unlink()
+    elif how == "surplus":
+        shutil.copy(shard, newest / "other.safetensors")
     elif how == "no manifest":
         (newest / "checkpoint.json").unlink()
     else:
@@ -166,8 +168,10 @@ def spoil(run, how):
         ("missing", "is incomplete: shard-00001-.* is missing; resume from"),
         ("no manifest", r"checkpoint.json is damaged \(FileNotFoundError\)"),
         ("{}", r"checkpoint.json is damaged \(KeyError\); resume from"),
+        ('{"files": {}, "step": 4}', r"checkpoint.json is damaged \(KeyError\); resume from"),
+        ("surplus", "has a file that was not saved with it, other.safetensors: remove it"),
         ("[1, 2", r"checkpoint.json is damaged \(JSONDecodeError\)"),
-        ('{"files": 3}', r"checkpoint.json is damaged \(AttributeError\)"),
+        ('{"files": 3}', r"checkpoint.json is damaged \(TypeError\)"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(copy, how, words):
