@@ -34,9 +34,17 @@ def wait_until(condition, seconds=60):
 
 
 def script(runs: Path, body: str) -> subprocess.Popen:
-    """Start a Python process that stands for a kernel."""
+    """Start a Python process that stands for a kernel.
+
+    A shell starts background jobs with SIGINT ignored, and their children inherit it; a kernel does not ignore it.
+    """
     head = f"from pipetutor import launch\nSMALL = {SMALL!r}\nRUNS = {str(runs)!r}\n"
-    return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(body)], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", head + textwrap.dedent(body)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def a_step_is_done(runs: Path):
@@ -67,7 +75,7 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
     assert again == run and run.samples_per_second > 0 and len(run.seconds) == 2
     assert run.details["result"]["loss"] == run.losses[-1] and run.details["config"]["train_batch_size"] == 4
     assert run.details["versions"]["deepspeed"] == "0.19.8" and run.details["device"] == "cpu"
-    assert run.stage_layers(0)[0] == "Conv2d" and run.stage_layers(1)[-1] == "Linear"
+    assert run.stage_layers(0)[0] == "Conv2dNormActivation" and run.stage_layers(1)[-1] == "Linear"
     assert all((run.directory / name).exists() for name in ("config.json", "logs/launcher.log"))
     assert len(list(run.directory.glob("logs/*_rank[01].log"))) == 2
     assert "'a path with spaces" in run.command
