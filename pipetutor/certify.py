@@ -153,7 +153,10 @@ def main() -> None:
     """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
 
     def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
+        try:
+            return [int(number) for number in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers and commas: 1,2, say") from None
 
     parser = argparse.ArgumentParser(prog="pipetutor.certify", description="does the pipeline equal one process?")
     parser.add_argument("--models", default=",".join(MODELS), help="default %(default)s")

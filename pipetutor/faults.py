@@ -53,9 +53,10 @@ class Fault:
             seconds = float(given.pop("seconds", "1")) if kind == "slow" else 1.0
         except (ValueError, KeyError):
             raise ValueError(f"fault {text!r} needs a rank and a step, for example {EXAMPLE}") from None
-        if given or seconds < 0:
-            unknown = ", ".join(given) or f"seconds={seconds:g}"
-            raise ValueError(f"fault {text!r}: {unknown} is not for {kind}; an example is {EXAMPLE}")
+        if given:
+            raise ValueError(f"fault {text!r}: {', '.join(given)} is not for {kind}; an example is {EXAMPLE}")
+        if seconds < 0:
+            raise ValueError(f"fault {text!r}: seconds is {seconds:g}, but must be at least 0")
         return cls(kind, rank, step, seconds)
 
     def check(self, ranks: int, stages: int, steps: int) -> None:

@@ -249,6 +249,11 @@ def preflight(
         manifest = checkpoint.verify(resume)
         checkpoint.check_fits(manifest, checkpoint.identity(model, dataset, seed, config), steps)
         done = manifest["step"]
+        if done == steps and eval_every is None:
+            raise ValueError(
+                f"nothing is left to do: the checkpoint stands after step {done}, and steps is {steps}, counted from "
+                f"the first run's start; give it at least {done + 1}, or evaluate the checkpoint (eval_every=1)"
+            )
     if fault is not None:
         Fault.parse(fault).check(ranks, stages, steps)
     notice = ""

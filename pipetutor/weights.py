@@ -56,10 +56,12 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     except OSError as error:
         raise CheckpointError(f"weights {file}: {error.strerror or error}") from None
     except Exception as error:  # torch raises several kinds, for what is no archive and for what it will not execute
-        reason = str(error).splitlines()[0].split(".")[0]
-        raise CheckpointError(f"weights {file} is not a state_dict that holds tensors alone: {reason}") from None
+        kind = type(error).__name__
+        raise CheckpointError(f"weights {file} is not a state_dict that holds tensors alone ({kind})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"weights {file} is not a state_dict, but a {type(found).__name__}")
     wanted = model.state_dict()
-    shapes = {n: tuple(getattr(t, "shape", ())) for n, t in found.items()} if isinstance(found, dict) else {}
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in found.items()}
     kind = type(model).__name__
     for name, tensor in wanted.items():
         if name not in shapes:

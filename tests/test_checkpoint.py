@@ -125,6 +125,7 @@ class Payload:
         (b"no archive", "is not a state_dict that holds tensors alone"),
         ({"features.0.weight": torch.zeros(1)}, r"features.0.weight is \(1,\), and the model's is \(64, 3, 11, 11\)"),
         ({}, "features.0.weight is missing"),
+        ([torch.zeros(1)], "is not a state_dict, but a list"),
         (torchvision.models.alexnet(num_classes=10).state_dict() | {"more": torch.zeros(1)}, "it has no more"),
         (None, "No such file"),
     ],
@@ -185,7 +186,7 @@ def test_no_code_in_a_checkpoint_is_executed(copy, runs):
     """DCP's own format keeps its metadata in `.metadata`, a pickle; one that is put there is not even read."""
     for place in (copy / "checkpoints/step-000004").iterdir():
         (place.parent / ".metadata").write_bytes(pickle.dumps(Payload()))
-    train(runs, "-s", 4, "--resume", copy, *MOBILE, stages=2, config=SCHEDULED, patch=few_images)
+    train(runs, "-s", 5, "--resume", copy, *MOBILE, stages=2, config=SCHEDULED, patch=few_images)
     assert not list(runs.parent.rglob("executed"))
 
 
@@ -195,6 +196,7 @@ def test_no_code_in_a_checkpoint_is_executed(copy, runs):
         (["--model", "alexnet"], "saved with model 'mobilenet_v3_small', and this run has 'alexnet'"),
         (["--seed", 7], "saved with seed 1138, and this run has 7"),
         (["-s", 3], "stands after step 4, and this run ends with step 3"),
+        (["-s", 4], "nothing is left to do: the checkpoint stands after step 4"),
         (["--resume", "nowhere"], "nowhere holds no checkpoint"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_rank_that_never_came_is_named(tmp_path):
         ("stall", "needs a rank and a step, for example stall:rank=1,step=3"),
         ("stall:rank=one,step=3", "needs a rank and a step"),
         ("stall:rank=1,step=3,seconds=2", "seconds is not for stall"),
-        ("slow:rank=1,step=3,seconds=-2", "seconds=-2 is not for slow"),
+        ("slow:rank=1,step=3,seconds=-2", "seconds is -2, but must be at least 0"),
         (3, "unknown fault '3'"),
     ],
 )
