@@ -86,6 +86,8 @@ def verify(path: str | Path) -> dict[str, Any]:
         missing = {"step", "position", "stages", "replicas", "files"} - manifest.keys()
         if missing:
             raise KeyError(min(missing))
+        if not isinstance(manifest["step"], int):
+            raise TypeError("step")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}){advice}") from None
     if surplus := {shard.name for shard in path.glob("*.safetensors")} - files.keys():

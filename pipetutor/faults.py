@@ -52,7 +52,7 @@ class Fault:
             rank, step = int(given.pop("rank")), int(given.pop("step"))
             seconds = float(given.pop("seconds", "1")) if kind == "slow" else 1.0
         except (ValueError, KeyError):
-            raise ValueError(f"fault {text!r} needs a rank and a step, for example {EXAMPLE}") from None
+            raise ValueError(f"fault {text!r} needs a rank and a step, in numbers, for example {EXAMPLE}") from None
         if given:
             raise ValueError(f"fault {text!r}: {', '.join(given)} is not for {kind}; an example is {EXAMPLE}")
         if seconds < 0:

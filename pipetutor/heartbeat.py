@@ -29,7 +29,7 @@ class Beat:
 
     Attributes:
         rank: which rank.
-        phase: ``starting``, ``training``, ``evaluating`` or ``saving``.
+        phase: ``starting``, ``training``, ``evaluating``, ``saving`` or ``finished``.
         step: the step it is in, or after which it evaluates or saves; 0 before the first.
         instruction: the engine's instruction, such as ``RecvGrad``; empty between instructions.
         micro_batch: counted from 0 in each step; None for what concerns the whole step.

@@ -95,6 +95,7 @@ class Loop:
                 evaluated = self._evaluate()
         if args.eval_every and evaluated != self.step:
             self._evaluate()
+        self.heart.enter("finished", self.step)
 
     def _evaluate(self) -> int:
         self.heart.enter("evaluating", self.step)

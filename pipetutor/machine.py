@@ -91,7 +91,7 @@ def check() -> list[tuple[str, str, str]]:
             f"{memory:.0f} GiB",
             "" if memory >= 7.5 else "two stages need about 8 GB: close programs",
         ),
-        ("free disk", f"{free:.0f} GiB", "" if free >= 1 else "runs and data need 1 GB: free some space"),
+        ("free disk", f"{free:.0f} GiB", "" if free >= 3 else "checkpoints and data need 3 GB: free some space"),
         ("GPUs", str(gpus), "" if gpus >= 2 else "none needed: the pipeline runs on the CPU with gloo"),
         (
             "C++ compiler",

@@ -29,7 +29,7 @@ import psutil
 
 from pipetutor import heartbeat, records
 
-STARTUP_SECONDS = 180.0  # to load torch, join, and read the data, however short the deadline is
+PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
 
@@ -127,8 +127,8 @@ class Progress:
         progress = sum(beat.progress for beat in beats)
         if progress != self._seen:
             self._seen, self._moved = progress, now
-        begun = len(beats) == self._ranks and all(beat.phase != "starting" for beat in beats)
-        deadline = self._deadline if begun else max(self._deadline, STARTUP_SECONDS)
+        steps = len(beats) == self._ranks and all(beat.phase in ("training", "evaluating") for beat in beats)
+        deadline = self._deadline if steps else max(self._deadline, PATIENCE_SECONDS)
         return beats if now - self._moved > deadline else None
 
 

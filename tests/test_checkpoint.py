@@ -170,6 +170,7 @@ def spoil(run, how):
         ("no manifest", r"checkpoint.json is damaged \(FileNotFoundError\)"),
         ("{}", r"checkpoint.json is damaged \(KeyError\); resume from"),
         ('{"files": {}, "step": 4}', r"checkpoint.json is damaged \(KeyError\); resume from"),
+        ('{"files": {}, "step": "4", "position": [0, 0], "stages": 1, "replicas": 1}', r"is damaged \(TypeError\)"),
         ("surplus", "has a file that was not saved with it, other.safetensors: remove it"),
         ("[1, 2", r"checkpoint.json is damaged \(JSONDecodeError\)"),
         ('{"files": 3}', r"checkpoint.json is damaged \(TypeError\)"),

@@ -10,6 +10,7 @@ from pipetutor import RunFailed, launch
 from pipetutor.diagnosis import diagnose
 from pipetutor.faults import Fault
 from pipetutor.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
+from pipetutor.supervise import Progress
 
 DEADLINE = 5
 
@@ -83,11 +84,21 @@ def test_a_rank_that_never_came_is_named(tmp_path):
     assert said.startswith("no step was completed in 9 s: rank 1 did not start\n    rank 0: starting, since")
 
 
+@pytest.mark.parametrize("phase, stands", [("training", True), ("saving", False), ("finished", False)])
+def test_only_steps_have_to_meet_the_deadline(tmp_path, phase, stands):
+    """A run that saves, or has done its last step, may take longer than a step may."""
+    heart = Heartbeat(tmp_path, 0)
+    heart.enter(phase, 3)
+    progress = Progress(tmp_path, 1, deadline=1e-9)
+    found = [progress.stalled(), progress.stalled()]
+    assert (found[1] is not None) == stands
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
         ("hang:rank=1,step=3", "unknown fault 'hang': there is stall, die, slow, ragged"),
-        ("stall", "needs a rank and a step, for example stall:rank=1,step=3"),
+        ("stall", "needs a rank and a step, in numbers, for example stall:rank=1,step=3"),
         ("stall:rank=one,step=3", "needs a rank and a step"),
         ("stall:rank=1,step=3,seconds=2", "seconds is not for stall"),
         ("slow:rank=1,step=3,seconds=-2", "seconds is -2, but must be at least 0"),
