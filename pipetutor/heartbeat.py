@@ -93,9 +93,10 @@ def read(directory: Path) -> list[Beat]:
     """Return the last heartbeat of every rank that has one, in the order of ranks."""
     beats = []
     for path in directory.glob("heartbeat_rank*.json"):
-        text = path.read_text()
-        if text.strip():
-            beats.append(Beat(**json.loads(text)))
+        try:
+            beats.append(Beat(**json.loads(path.read_text())))
+        except ValueError:
+            continue  # empty, or caught half-way through a write: the next look sees it whole
     return sorted(beats, key=lambda beat: beat.rank)
 
 

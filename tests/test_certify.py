@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import processes_of
 
-from pipetutor.certify import certify
+from pipetutor.certify import Certificate, certify
 from pipetutor.proof import CONTROLS, STEPS, Case, build_model, compare, judge
 
 CASE = Case("vgg", stages=2, micro_batches=4, replicas=1)
@@ -44,6 +44,15 @@ def test_equal_is_equal():
 def test_what_differs_is_named(changed, reason):
     row = found(**changed)
     assert not row["equal"] and row["reason"] == reason
+
+
+def test_a_certificate_without_a_pipeline_does_not_pass(tmp_path):
+    """All of them skipped for want of memory, say: controls alone prove nothing."""
+    control = found(gradient={"relative": 3.0, "factor": 4.0}) | {"control": "summed"}
+    assert Certificate([found(), control], [], tmp_path).passed
+    assert not Certificate([control], [], tmp_path).passed
+    with pytest.raises(ValueError, match="unknown model ''"):
+        certify([])
 
 
 def test_rounding_is_no_difference():

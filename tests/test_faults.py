@@ -65,6 +65,12 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
     assert str(read(tmp_path)[0]) == "ForwardPass of micro-batch 0 evaluating after step 7"
 
 
+def test_a_heartbeat_that_is_being_written_is_read_at_the_next_look(tmp_path):
+    Heartbeat(tmp_path, 0)
+    (tmp_path / "heartbeat_rank1.json").write_text('{"rank": 1, "phase": "trai')
+    assert ranks_of(read(tmp_path)) == [0]
+
+
 def test_a_process_writes_its_stack_when_asked(tmp_path):
     Heartbeat(tmp_path, 0)
     ask_for_stacks(tmp_path, {0: os.getpid()})
