@@ -68,6 +68,9 @@ def _initialize(net: nn.Module, config: dict[str, Any], stages: int) -> Any:
         model_parameters=[p for p in net.parameters() if p.requires_grad],
         config=engine_config(config, stages),
     )
+    if engine.dp_world_size == 1 and not engine.zero_optimization():
+        # To add them up over one replica, it would copy all gradients into one tensor and back.
+        setattr(engine, "pipeline_enable_backward_allreduce" if stages else "enable_backward_allreduce", False)
     return engine
 
 
@@ -81,7 +84,7 @@ def data_parallel(model: nn.Module, config: dict[str, Any]) -> Any:
     return _initialize(model, config, stages=0)
 
 
-def pipeline(model: nn.Module, stages: int, part: str, config: dict[str, Any]) -> Any:
+def pipeline(model: nn.Module, stages: int, part: str, config: dict[str, Any], recompute: bool = False) -> Any:
     """Give this rank's stage of the model to DeepSpeed's pipeline engine.
 
     Args:
@@ -89,22 +92,26 @@ def pipeline(model: nn.Module, stages: int, part: str, config: dict[str, Any]) -
         stages: pipeline stages P; the ranks beyond one pipeline become replicas of it.
         part: where to cut: a method of DeepSpeed, or bounds such as ``0,16,22``.
         config: a whole DeepSpeed config, from ``preflight.read_config``.
+        recompute: keep the input of the stage alone for each micro-batch, and compute the rest once more in its
+            backward pass (activation checkpointing; Chen et al., arXiv:1604.06174).
     """
     layers = join_layers(model)
+    if recompute:  # not re-entrant: that would compute a gradient for the images
+        config = config | {"pipeline": {"use_reentrant": False}}
     net = PipelineModule(
         layers=layers,
         loss_fn=nn.CrossEntropyLoss(),
         num_stages=stages,
         partition_method=part,
-        activation_checkpoint_interval=0,
+        activation_checkpoint_interval=len(layers) if recompute else 0,
     )
     net.layer_names = layer_names(model, layers)
     return _initialize(net, config, stages)
 
 
 def is_pipeline(engine: Any) -> bool:
-    """Say whether the engine holds a stage, and not the whole model."""
-    return isinstance(engine, PipelineEngine)
+    """Say whether the engine holds a stage and runs a whole train batch itself, DeepSpeed's or torch's."""
+    return hasattr(engine, "train_batch")
 
 
 def replica_of(engine: Any) -> int:
@@ -135,27 +142,37 @@ class Instruction(NamedTuple):
             follows the last instruction of a step.
         micro_batch: counted from 0 in each step; None for what concerns the whole step.
         peers: the ranks that it cannot end without.
+        stage: of the model, counted from 0.
     """
 
     name: str
     micro_batch: int | None = None
     peers: Sequence[int] = ()
+    stage: int = 0
 
 
-def observe(engine: Any, before: Callable[[Instruction], None]) -> None:
-    """Have ``before`` called ahead of everything that an engine executes.
+Before = Callable[[Instruction], None]
+After = Callable[[], None]
+
+
+def observe(engine: Any, before: Before, after: After) -> None:
+    """Have something called ahead of everything that an engine executes, and behind it.
 
     A pipeline's engine has instructions, in training and evaluation; what a data-parallel engine does is given
-    their names.
+    their names. It reduces gradients within its backward pass, so ``before`` may be called twice in a row.
 
     Args:
         engine: from ``pipeline`` or ``data_parallel``; changed in place.
         before: gets the instruction.
+        after: called once it is executed.
     """
-    (_observe_pipeline if is_pipeline(engine) else _observe_data_parallel)(engine, before)
+    if isinstance(engine, PipelineEngine):
+        _observe_pipeline(engine, before, after)
+    else:
+        _observe_data_parallel(engine, before, after)
 
 
-def _observe_data_parallel(engine: Any, before: Callable[[Instruction], None]) -> None:
+def _observe_data_parallel(engine: Any, before: Before, after: After) -> None:
     others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
 
     def observed(name: str, execute: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +181,9 @@ def _observe_data_parallel(engine: Any, before: Callable[[Instruction], None]) -
             if last or name not in ("ReduceGrads", "OptimizerStep"):
                 number = engine.micro_steps % engine.gradient_accumulation_steps()
                 before(Instruction(name, number, others if name == "ReduceGrads" else []))
-            return execute(*args, **kwargs)
+            result = execute(*args, **kwargs)
+            after()
+            return result
 
         return run
 
@@ -178,7 +197,7 @@ def _observe_data_parallel(engine: Any, before: Callable[[Instruction], None]) -
         setattr(engine, method, observed(name, getattr(engine, method)))
 
 
-def _observe_pipeline(engine: Any, before: Callable[[Instruction], None]) -> None:
+def _observe_pipeline(engine: Any, before: Before, after: After) -> None:
     # An instruction names a buffer; the micro-batch in it follows from the order. 1F1B keeps micro-batches in
     # order: the n-th ForwardPass of a step is that of micro-batch n, and so on for each kind.
     grid, stage, last = engine.grid, engine.stage_id, engine.num_stages - 1
@@ -193,9 +212,10 @@ def _observe_pipeline(engine: Any, before: Callable[[Instruction], None]) -> Non
             peers = [grid.stage_to_global(stage + neighbours[name])]
 
         def run(self: Any, **kwargs: int) -> None:
-            before(Instruction(name, done[name] if "buffer_id" in kwargs else None, peers))
+            before(Instruction(name, done[name] if "buffer_id" in kwargs else None, peers, stage))
             done[name] += 1
             execute(self, **kwargs)
+            after()
 
         return run
 
@@ -208,7 +228,10 @@ def _observe_pipeline(engine: Any, before: Callable[[Instruction], None]) -> Non
         exec_schedule(schedule)
 
     def observed_aggregate() -> torch.Tensor:
-        before(Instruction("AggregateLoss", peers=others if stage == last else [grid.stage_to_global(last)]))
-        return aggregate()
+        peers = others if stage == last else [grid.stage_to_global(last)]
+        before(Instruction("AggregateLoss", peers=peers, stage=stage))
+        loss = aggregate()
+        after()
+        return loss
 
     engine._exec_schedule, engine._aggregate_total_loss = counted_schedule, observed_aggregate

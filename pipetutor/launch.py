@@ -54,6 +54,7 @@ def launch(
     save_every: int | None = None,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
+    trace: bool = False,
     fault: str | None = None,
     deadline: float = 300,
     runs_dir: str | Path = "runs",
@@ -79,6 +80,7 @@ def launch(
         save_every: save a checkpoint every so many steps and at the end; the newest two are kept.
         resume: a checkpoint, or a run directory, whose newest is meant; stages and replicas may differ.
         weights: a torchvision ``state_dict`` file to start from.
+        trace: time every instruction on every rank; see ``pipetutor.trace``.
         fault: a fault to inject, such as ``stall:rank=1,step=3``; see ``pipetutor.faults``.
         deadline: seconds without a completed step after which the run is ended and explained.
         runs_dir: where run directories are made.
@@ -140,6 +142,7 @@ def launch(
         }
         for flag, value in optional.items():
             arguments += [flag, str(value)] if value is not None else []
+        arguments += ["--trace"] if trace else []
         command = _deepspeed(ranks, directory) + arguments
         records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:

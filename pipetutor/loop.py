@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pipetutor import checkpoint, data, records
 from pipetutor.config import read_config
@@ -15,6 +16,7 @@ from pipetutor.engine import Instruction, is_pipeline, observe, replica_of, say
 from pipetutor.evaluate import evaluate
 from pipetutor.faults import Fault
 from pipetutor.heartbeat import Heartbeat
+from pipetutor.trace import Recorder, write_chrome
 
 Batches = Iterator[list[torch.Tensor]]
 
@@ -39,7 +41,8 @@ class Loop:
         self.args, self.engine = args, engine
         self.heart = Heartbeat(args.run_dir, dist.get_rank())
         self.fault = Fault.parse(args.fault) if args.fault else None
-        observe(engine, self._before)
+        self.recorder = self._recorder() if args.trace else None
+        observe(engine, self._before, self._after)
         self.trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)
         self.size = len(self.trainset)  # type: ignore[arg-type]
         self.testset = data.load(args.dataset, False, args.local_rank, args.data_dir) if args.eval_every else None
@@ -55,9 +58,20 @@ class Loop:
         self.micro_batches = _full(batches, shape[0], self._lacks_one)
 
     def _before(self, instruction: Instruction) -> None:
-        self.heart.before(*instruction)
+        self.heart.before(instruction.name, instruction.micro_batch, instruction.peers)
+        if self.recorder:
+            self.recorder.before(instruction.name, instruction.micro_batch, instruction.stage)
         if self.fault and self.heart.beat.phase == "training":
             self.fault.act(dist.get_rank(), self.step, instruction.name, instruction.micro_batch)
+
+    def _after(self) -> None:
+        if self.recorder:
+            self.recorder.after()
+
+    def _recorder(self) -> Recorder:
+        engine = self.engine
+        blocking = isinstance(engine, PipelineEngine)
+        return Recorder(self.args.run_dir, dist.get_rank(), replica_of(engine), blocking, engine.device)
 
     def _lacks_one(self) -> bool:
         if not is_pipeline(self.engine):  # a pipeline's engine loads by instruction, and has said so
@@ -85,7 +99,11 @@ class Loop:
             self.step += 1
             self.heart.enter("training", self.step)
             begin = time.perf_counter()
+            if self.recorder:
+                self.recorder.begin()
             loss = float(one_step(self.micro_batches))
+            if self.recorder:
+                self.recorder.end(self.step)
             writer.write(self.step, loss, time.perf_counter() - begin)
             if self.step % 10 == 0 or self.step == args.steps:
                 say(f"step: {self.step:3d} / {args.steps:3d} loss: {loss:.6f}")
@@ -95,6 +113,10 @@ class Loop:
                 evaluated = self._evaluate()
         if args.eval_every and evaluated != self.step:
             self._evaluate()
+        if self.recorder:
+            dist.barrier()  # the other ranks have written their last step
+            if dist.get_rank() == 0:
+                say(f"trace: {write_chrome(args.run_dir)}, for https://ui.perfetto.dev")
         self.heart.enter("finished", self.step)
 
     def _evaluate(self) -> int:

@@ -187,7 +187,7 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
 
     weights = {name: p.detach() for name, p in model_state(engine).items()}
     look("initial", weights)
-    observe(engine, before)
+    observe(engine, before, after=lambda: None)
     batches = _micro_batches(case, replica_of(engine))
     losses = [float(engine.train_batch(data_iter=batches)) for _ in range(STEPS)]
     look("final", weights)

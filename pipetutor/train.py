@@ -74,6 +74,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
     parser.add_argument("--resume", type=Path, help="a checkpoint, or a run directory: go on from its newest")
     parser.add_argument("--weights", type=Path, help="start from this torchvision state_dict")
+    parser.add_argument("--trace", action="store_true", help="time every instruction, into the run directory")
     parser.add_argument("--fault", help=f"inject a fault ({', '.join(faults.KINDS)}), as in {faults.EXAMPLE}")
     return deepspeed.add_config_arguments(parser).parse_args(argv)
 
@@ -183,7 +184,8 @@ def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
     known = records.read(args.run_dir)
     if known.get("status") == "starting":  # made by launch for this run
         command = known["command"]
-    (args.run_dir / records.EVALUATIONS).unlink(missing_ok=True)
+    for stale in [args.run_dir / records.EVALUATIONS, *args.run_dir.glob("trace*")]:
+        stale.unlink(missing_ok=True)
     records.update(
         args.run_dir,
         status="running",
@@ -212,8 +214,9 @@ def main() -> None:
         if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
             _relaunch(args)
         plan = make_plan(args)
-        if args.save_every and not args.run_dir:
-            raise ValueError("--save-every needs a place to save to: give --run-dir, too")
+        for flag in ("save_every", "trace"):
+            if getattr(args, flag) and not args.run_dir:
+                raise ValueError(f"--{flag.replace('_', '-')} needs a place to write to: give --run-dir, too")
         if args.run_dir:
             args.run_dir.mkdir(parents=True, exist_ok=True)
             Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so

@@ -1,0 +1,309 @@
+"""What each layer of a model costs on this machine, measured as a pipeline's ranks would run it.
+
+    python -m pipetutor.costs --model alexnet --micro-batch 8 --ranks 2
+
+A layer timed by itself finds its inputs in the cache and its memory mapped; in a run it does not. So whole
+micro-batches are run, loaded, forward and backward, and a clock is read wherever one layer ends and the next
+begins. As many processes do so at once as the pipeline will have ranks, a part of a micro-batch after one
+another: they compete for memory as its ranks will, which are never all at the same layer.
+
+Only the measuring processes load torch; what a notebook calls does not.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from pipetutor import fetch, machine, records
+from pipetutor.config import read_config
+from pipetutor.launch import RunFailed, watch
+from pipetutor.partition import Layer, bounds_for, catalog
+from pipetutor.preflight import preflight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+STEPS, MICRO_BATCHES, REPEATS = 4, 4, 3
+SEED = 1138
+COPIES = 6  # of the parameters, at most, in one rank: themselves, gradients (old, new, flat), Adam's two moments
+PATIENCE_SECONDS = 600
+FILE = "costs.json"
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs for one micro-batch.
+
+    Attributes:
+        kind: its class name.
+        forward: seconds; the loss is part of the last layer, and the copy that DeepSpeed takes of a stage's
+            input of none.
+        backward_input: seconds for the gradient of its input; 0 where nobody needs it, as for images.
+        backward_weight: seconds for the gradients of its parameters, added to those of earlier micro-batches.
+        first_saving: seconds that ``backward_weight`` takes less in the first micro-batch of a step, which adds
+            to nothing.
+        parameters: trainable ones; each is 4 bytes.
+        output_bytes: the message, when the model is cut behind this layer.
+        kept: (number, bytes) of each storage that its backward needs, parameters aside. Two layers that keep the
+            same storage, as a layer's output and the next one's input, give it the same number.
+    """
+
+    kind: str
+    forward: float
+    backward_input: float
+    backward_weight: float
+    first_saving: float
+    parameters: int
+    output_bytes: int
+    kept: tuple[tuple[int, int], ...] = field(repr=False)
+
+    @property
+    def backward(self) -> float:
+        """Seconds of an ordinary backward."""
+        return self.backward_input + self.backward_weight
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What a model costs, layer by layer; see ``measure``.
+
+    Attributes:
+        model: its name.
+        micro_batch: images in a micro-batch.
+        ranks: processes that measured at once.
+        threads: of each of them.
+        layers: the costs of each layer.
+        input_bytes: of a micro-batch of images.
+        load_images: seconds to load a micro-batch of images, on the first stage.
+        load_labels: seconds to load one of labels, on the last stage.
+        copy: seconds a byte, for the copy that DeepSpeed takes of each input of a stage.
+        latency: seconds that the shortest message takes.
+        bandwidth: bytes a second of a long one; infinite where one rank measured alone.
+        optimizer: seconds a parameter, for a step of fused AdamW and the release of the gradients.
+        reduce: seconds a parameter for DeepSpeed's ReduceGrads, which copies all gradients to one tensor and
+            back even where there is one replica.
+        directory: where ``costs.json`` holds the same.
+    """
+
+    model: str
+    micro_batch: int
+    ranks: int
+    threads: int
+    layers: tuple[LayerCost, ...] = field(repr=False)
+    input_bytes: int
+    load_images: float
+    load_labels: float
+    copy: float
+    latency: float
+    bandwidth: float
+    optimizer: float
+    reduce: float
+    directory: Path
+
+    def for_bounds(self, bounds: Sequence[int], micro_batches: int | None = None) -> dict[str, Any]:
+        """Add the layers up to the stages of a pipeline without replicas.
+
+        Args:
+            bounds: P + 1 layer indices, such as ``run.parts``.
+            micro_batches: M, over which the cheaper first backward of a step is averaged in; without it, every
+                backward counts as a later one.
+
+        Returns:
+            The fields of ``simulate.Costs``. Lists with an entry a stage: ``forward``, ``backward_input``,
+            ``backward_weight`` and ``load``, seconds a micro-batch; ``optimizer`` and ``all_reduce``, seconds a
+            step; ``activation_bytes``, what a micro-batch holds from its forward to its backward: what autograd
+            saves, and the input and output that DeepSpeed keeps. ``message_bytes`` has an entry a boundary, and
+            ``latency`` (seconds) and ``bandwidth`` (bytes a second) are numbers.
+
+        Raises:
+            ValueError: the bounds do not fit the model, or ``micro_batches`` is no whole number of at least 1.
+        """
+        kinds = [Layer(layer.kind, layer.parameters) for layer in self.layers]
+        bounds = bounds_for(kinds, len(bounds) - 1, ",".join(map(str, bounds)))
+        if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
+            raise ValueError(f"micro_batches is {micro_batches!r}, but must be a whole number of at least 1: 8, say")
+        stages = [self.layers[low:high] for low, high in itertools.pairwise(bounds)]
+        inputs = [self.input_bytes, *(stage[-1].output_bytes for stage in stages[:-1])]
+        share = 1 / micro_batches if micro_batches else 0.0
+        load = [0.0] * len(stages)
+        load[-1] = self.load_labels
+        load[0] = self.load_images  # the first stage loads labels with them, also where it is the last one
+        parameters = [sum(layer.parameters for layer in stage) for stage in stages]
+        return {
+            "forward": [
+                sum(layer.forward for layer in stage) + self.copy * received
+                for stage, received in zip(stages, inputs, strict=True)
+            ],
+            "backward_input": [sum(layer.backward_input for layer in stage) for stage in stages],
+            "backward_weight": [
+                sum(layer.backward_weight - share * layer.first_saving for layer in stage) for stage in stages
+            ],
+            "activation_bytes": [
+                received + stage[-1].output_bytes + sum(dict(k for layer in stage for k in layer.kept).values())
+                for stage, received in zip(stages, inputs, strict=True)
+            ],
+            "message_bytes": inputs[1:],
+            "latency": self.latency,
+            "bandwidth": self.bandwidth,
+            "load": load,
+            "optimizer": [self.optimizer * count for count in parameters],
+            "all_reduce": [self.reduce * count for count in parameters],
+        }
+
+    def __str__(self) -> str:
+        """Return the table: times in milliseconds, sizes in megabytes of a million bytes."""
+        lines = [f"{'layer':>5} {'kind':18} {'forward':>8} {'backward':>9} {'weights':>8} {'output':>8} {'kept':>8}"]
+        seen: set[int] = set()
+        for index, layer in enumerate(self.layers):
+            kept = {number: size for number, size in layer.kept if number not in seen}
+            seen |= set(kept)
+            sizes = [4 * layer.parameters, layer.output_bytes, sum(kept.values())]
+            lines.append(
+                f"{index:5} {layer.kind:18} {1e3 * layer.forward:8.2f} {1e3 * layer.backward:9.2f} "
+                + " ".join(f"{size / 1e6:8.2f}" for size in sizes)
+            )
+        return "\n".join(lines)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "LayerCosts":
+        """Read costs back.
+
+        Raises:
+            ValueError: the directory holds none.
+        """
+        try:
+            content = json.loads((Path(directory) / FILE).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{directory} holds no costs: {FILE} is missing; measure() writes one") from None
+        layers = [layer | {"kept": tuple(map(tuple, layer["kept"]))} for layer in content.pop("layers")]
+        return cls(**content, layers=tuple(LayerCost(**layer) for layer in layers), directory=Path(directory))
+
+
+def measure(
+    model: str = "alexnet",
+    micro_batch: int = 8,
+    ranks: int = 2,
+    *,
+    dropout: float | None = None,
+    runs_dir: str | Path = "runs",
+) -> LayerCosts:
+    """Measure what each layer costs on this machine's CPU in fp32, in processes of their own.
+
+    The costs hold for pipelines of as many ranks as measured; nothing is left running.
+
+    Args:
+        model: ``alexnet`` or any model of ``pipetutor.partition.catalog()``.
+        micro_batch: images in a micro-batch.
+        ranks: processes that measure at once: the ranks that the pipeline will have.
+        dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
+        runs_dir: where the directory with ``costs.json`` is made.
+
+    Raises:
+        ValueError: something asked for cannot work; nothing was started.
+        RunFailed: a measuring process failed.
+
+    >>> costs = measure(micro_batch=8, ranks=2)  # doctest: +SKIP
+    >>> costs.for_bounds([0, 16, 22])["forward"]  # doctest: +SKIP
+    [0.057, 0.023]
+    """
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"ranks is {ranks!r}, but must be a whole number of at least 1: 2, say")
+    preflight(
+        ranks=ranks,
+        stages=ranks,
+        steps=1,
+        model=model,
+        dataset="synthetic",
+        partition="parameters",
+        config=read_config({"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1}),
+        backend="gloo",
+        gpus=0,
+        dropout=dropout,
+    )
+    needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])
+    free = psutil.virtual_memory().available
+    if ranks * needed > free:
+        raise ValueError(
+            f"{ranks} ranks that each hold all of {model} take {ranks * needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} are free: use {max(1, free // needed)} ranks or a smaller model"
+        )
+    fetch.prepare("synthetic", fetch.DATA_DIR)
+    directory = records.create(Path(runs_dir), "costs")
+    (directory / "logs").mkdir()
+    env = dict(os.environ) | {"LOCAL_SIZE": str(ranks)}
+    machine.prepare_rank(env, ["--backend=gloo"])
+    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")
+    work = f"from pipetutor.costs import _work; _work({str(directory)!r}, {model!r}, {micro_batch}, {ranks}, {dropout})"
+    command = ["env", "CUDA_VISIBLE_DEVICES=", *(f"{name}={env[name]}" for name in names), sys.executable, "-c", work]
+    rows = directory / "rows.jsonl"
+    report = watch(command, directory, 0, float("inf"), rows, STEPS * MICRO_BATCHES, "micro-batches", _brief)
+    if report["code"] != 0:
+        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
+        raise RunFailed(f"the measurement ended with status {report['code']}:\n{log[-2000:]}")
+    return LayerCosts.load(directory)
+
+
+def _brief(row: dict[str, Any]) -> str:
+    return f"{1e3 * row['seconds']:.0f} ms a micro-batch"
+
+
+Samples = dict[str, list[Any]]  # what was measured -> one value for each time that it was
+
+
+def run_micro_batch(
+    layers: Sequence["nn.Module"], images: "torch.Tensor", labels: "torch.Tensor", loss: "nn.Module"
+) -> tuple[list[float], list[float], float]:
+    """Run one micro-batch, forward and backward, and read the clock between layers.
+
+    Nothing is cut: autograd calls a hook when it reaches a layer, and reaches the next when it is done with all of
+    the former, since it takes what was recorded last first, and adds a gradient up as soon as there is one.
+
+        forward   |copy| layer 0 | layer 1 | loss |
+        backward       | loss | layer 1 | layer 0 |
+
+    Args:
+        layers: the flat list.
+        images: the micro-batch, as loaded.
+        labels: of the images.
+        loss: takes the last layer's output and the labels.
+
+    Returns:
+        Seconds of each layer's forward and backward, the loss in the last one's, and of the copy.
+    """
+    begin = time.perf_counter()
+    x = images.clone()
+    ends = [time.perf_counter()]
+    reached: dict[int, float] = {}
+
+    def note(index: int, _: Any) -> None:
+        reached[index] = time.perf_counter()
+
+    for index, layer in enumerate(layers):
+        x = layer(x)
+        ends.append(time.perf_counter())
+        if x.grad_fn is not None:
+            x.grad_fn.register_prehook(functools.partial(note, index))
+    error = loss(x, labels)
+    ends[-1] = reached[len(layers) - 1] = time.perf_counter()
+    error.backward()
+    after = time.perf_counter()
+    backward = [0.0] * len(layers)
+    for index in range(len(layers)):
+        if index in reached:  # else it has nothing to differentiate
+            pass
+    return [b - a for a, b in itertools.pairwise(ends)], backward, ends[0] - begin

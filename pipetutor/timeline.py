@@ -1,0 +1,97 @@
+"""Who did what and when in one step: the one form of a simulated and of a measured timeline.
+
+A timeline is a table of spans. The simulator fills it from costs, a trace from clocks; the accounting, the
+figures and the tests read it and cannot tell the two apart. numpy alone: a notebook loads no torch for it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# DeepSpeed's instructions, the two halves of a backward pass that zero-bubble schedules tell apart, and the
+# exchange of the loss that ends a step.
+CATEGORIES = {
+    "LoadMicroBatch": "load",
+    "ForwardPass": "compute",
+    "BackwardPass": "compute",
+    "BackwardInput": "compute",
+    "BackwardWeight": "compute",
+    "SendActivation": "transfer",
+    "RecvActivation": "transfer",
+    "SendGrad": "transfer",
+    "RecvGrad": "transfer",
+    "ReduceTiedGrads": "reduce",
+    "ReduceGrads": "reduce",
+    "OptimizerStep": "optimizer",
+    "AggregateLoss": "transfer",
+}
+KINDS = tuple(CATEGORIES)
+CODE = {kind: code for code, kind in enumerate(KINDS)}
+COLUMNS = ("compute", "load", "transfer", "waiting", "reduce", "optimizer", "other")
+
+SPAN = np.dtype(
+    [
+        ("rank", "i4"),
+        ("stage", "i4"),  # of the model: rank + chunk x P where a rank holds several chunks
+        ("replica", "i4"),
+        ("kind", "i1"),  # its place in KINDS
+        ("micro_batch", "i4"),  # -1 for what concerns the whole step
+        ("begin", "f8"),  # seconds, on a clock that all ranks share
+        ("end", "f8"),
+        ("waiting", "f8"),  # seconds of the span spent waiting for another rank, at its beginning
+        ("memory", "f8"),  # bytes at the span's end; NaN where nobody looked
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of a pipeline.
+
+    Attributes:
+        spans: an array of ``SPAN``, sorted by rank and begin; spans of one rank do not overlap.
+        begin: when the first rank began, in seconds.
+        end: when the last rank ended.
+    """
+
+    spans: np.ndarray
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """Length of the step."""
+        return self.end - self.begin
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return int(self.spans["rank"].max()) + 1
+
+    def of(self, rank: int) -> np.ndarray:
+        """Return the spans of one rank, in order."""
+        return self.spans[self.spans["rank"] == rank]
+
+    def accounting(self) -> list[dict[str, float]]:
+        """Say where each rank's time went.
+
+        Returns:
+            For each rank the seconds of ``COLUMNS``. They add up to the length of the step: what no span covers
+            is ``other``, such as the engine's own Python between two instructions.
+        """
+        rows = []
+        for rank in range(self.ranks):
+            spans = self.of(rank)
+            row = dict.fromkeys(COLUMNS, 0.0)
+            busy = spans["end"] - spans["begin"] - spans["waiting"]
+            for code, kind in enumerate(KINDS):
+                row[CATEGORIES[kind]] += float(busy[spans["kind"] == code].sum())
+            row["waiting"] = float(spans["waiting"].sum())
+            row["other"] = self.seconds - sum(row.values())
+            rows.append(row)
+        return rows
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step that the ranks spend waiting, on average."""
+        return sum(row["waiting"] for row in self.accounting()) / (self.ranks * self.seconds)

@@ -1,0 +1,243 @@
+"""The engine's own instructions, timed on every rank, and put together as timelines.
+
+    runs/20261124-101502-p2r1/
+        trace_rank0.jsonl    who the rank is, then a line a step: every instruction, when it began and ended
+        trace.json           the same of all ranks, for https://ui.perfetto.dev or chrome://tracing
+
+A rank notes two times and its memory for each instruction, and writes them once the step is over. Whose times
+and memory these are is in ``pipetutor.clock``.
+
+How much of a Send or a Recv is waiting is known once all ranks are read: a message can leave when both
+ends have come to it (DeepSpeed sends with blocking calls, which gloo and NCCL complete only against a receive), or
+when it has been computed (torch's pipelines send in the background). What comes after is called transfer. It
+is as good as that: it holds the copies at both ends, and what the operating system does in between.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipetutor.clock import CudaClock, HostClock, clock_offset
+from pipetutor.records import Run, append, read_lines
+from pipetutor.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
+
+# An instruction, its partner, and in which direction of the stages the partner's rank is.
+PARTNERS = {
+    "SendActivation": ("RecvActivation", 1),
+    "RecvActivation": ("SendActivation", -1),
+    "SendGrad": ("RecvGrad", -1),
+    "RecvGrad": ("SendGrad", 1),
+}
+
+
+class Recorder:
+    """Times what one rank does in each step of training.
+
+    A new instruction ends the one before it, so spans never overlap, where an engine calls one thing from within
+    another, too.
+    """
+
+    def __init__(self, directory: Path, rank: int, replica: int, blocking: bool, device: Any):
+        self._path = directory / f"trace_rank{rank}.jsonl"
+        self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
+        self._offset = clock_offset(device)
+        self._spans: list[tuple[Any, ...]] | None = None
+        self._open: tuple[str, int, int, Any] | None = None
+        head = {"rank": rank, "replica": replica, "blocking": blocking, "device": str(device)}
+        self._path.write_text(json.dumps(head | {"clock_offset": self._offset}) + "\n")
+
+    def begin(self) -> None:
+        """Start recording a step."""
+        self._clock.start()
+        self._spans, self._begin = [], self._clock.now()
+
+    def before(self, name: str, micro_batch: int | None, stage: int) -> None:
+        """Note that an instruction begins; outside of a step nothing is noted."""
+        if self._spans is None:
+            return
+        now = self._clock.now()
+        if self._open:
+            self._close(now)
+        self._open = name, stage, -1 if micro_batch is None else micro_batch, now
+
+    def after(self) -> None:
+        """Note that it has ended."""
+        if self._open:
+            self._close(self._clock.now())
+
+    def _close(self, now: Any) -> None:
+        assert self._open and self._spans is not None
+        self._spans.append((*self._open, now, self._clock.memory()))
+        self._open = None
+
+    def end(self, step: int) -> None:
+        """Write the step that was recorded."""
+        self.after()
+        assert self._spans is not None
+        spans, self._spans = self._spans, None
+        begin, end = self._seconds(self._begin), self._seconds(self._clock.now())
+        times = [(*span[:3], self._seconds(span[3]), self._seconds(span[4]), span[5]) for span in spans]
+        line = {"step": step, "begin": begin, "end": end, "peak": self._clock.peak(), "spans": times}
+        append(self._path, line)
+
+    def _seconds(self, mark: Any) -> float:
+        return round(self._clock.seconds(mark) + self._offset, 7)
+
+
+class Step(NamedTuple):
+    """One step of all ranks.
+
+    Attributes:
+        number: counted from 1.
+        timeline: what every rank did.
+        peaks: the most bytes that each rank had in memory.
+    """
+
+    number: int
+    timeline: Timeline
+    peaks: list[int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run's ranks did, step by step.
+
+    Attributes:
+        steps: every step that all ranks have completed.
+    """
+
+    steps: list[Step]
+
+    @property
+    def typical(self) -> Step:
+        """The step of median length, the first one left out, in which memory is allocated and shapes are agreed on."""
+        later = sorted(self.steps[1:] or self.steps, key=lambda step: step.timeline.seconds)
+        return later[(len(later) - 1) // 2]
+
+
+def load(run: Run | str | Path) -> Trace:
+    """Read the trace of a run, or what there is of it so far.
+
+    Args:
+        run: a run, or its directory.
+
+    Returns:
+        The timelines of its steps, waiting told apart from transfer.
+
+    Raises:
+        ValueError: the run was not traced, or no step was completed.
+
+    >>> load(run).typical.timeline.accounting()  # doctest: +SKIP
+    """
+    directory = run.directory if isinstance(run, Run) else Path(run)
+    paths = sorted(directory.glob("trace_rank*.jsonl"), key=lambda path: int(path.stem[10:]))
+    files = [list(read_lines(path)) for path in paths]
+    if not files or not all(len(lines) > 1 for lines in files):
+        raise ValueError(f"{directory} holds no traced step: launch the run with trace=True (--trace)")
+    heads = [lines[0] for lines in files]
+    steps = []
+    for of_ranks in zip(*(lines[1:] for lines in files), strict=False):
+        spans = np.array(list(_rows(heads, of_ranks)), dtype=SPAN)
+        spans["waiting"] = _waiting(spans, heads[0]["blocking"])
+        begin, end = min(step["begin"] for step in of_ranks), max(step["end"] for step in of_ranks)
+        timeline = Timeline(spans, begin, end)
+        steps.append(Step(of_ranks[0]["step"], timeline, [step["peak"] for step in of_ranks]))
+    return Trace(steps)
+
+
+def _rows(heads: Sequence[Any], steps: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    for head, step in zip(heads, steps, strict=True):
+        for name, stage, micro_batch, begin, end, memory in step["spans"]:
+            yield head["rank"], stage, head["replica"], CODE[name], micro_batch, begin, end, 0.0, memory
+
+
+def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
+    """Return the seconds that each span spent waiting for another rank.
+
+        stage 0:  SendActivation |--- waiting ---|-- transfer --|
+        stage 1:    ForwardPass ...............| RecvActivation |
+    """
+    place = {(KINDS[s["kind"]], s["stage"], s["replica"], s["micro_batch"]): s for s in spans}
+    together: dict[tuple[int, int], float] = {}  # when the last rank came to a collective
+    for span in spans:
+        if KINDS[span["kind"]] in ("ReduceGrads", "AggregateLoss"):
+            key = _group(span)
+            together[key] = max(together.get(key, span["begin"]), span["begin"])
+    waiting = np.zeros(len(spans))
+    for index, span in enumerate(spans):
+        name, ready = KINDS[span["kind"]], span["begin"]
+        if name in PARTNERS:
+            other, direction = PARTNERS[name]
+            if not blocking:
+                other = "ForwardPass" if name == "RecvActivation" else "BackwardInput"
+            partner = place.get((other, span["stage"] + direction, span["replica"], span["micro_batch"]))
+            if partner is None and not blocking:
+                partner = place.get(("BackwardPass", span["stage"] + direction, span["replica"], span["micro_batch"]))
+            if partner is not None:
+                ready = partner["begin"] if blocking else partner["end"]
+        elif _group(span) in together:
+            ready = together[_group(span)]
+        waiting[index] = min(max(ready - span["begin"], 0.0), span["end"] - span["begin"])
+    return waiting
+
+
+def _group(span: np.ndarray) -> tuple[int, int]:
+    """Return what the ranks of one collective have in common: replicas of a stage reduce, stages share a loss."""
+    reduces = KINDS[span["kind"]] == "ReduceGrads"
+    return span["kind"], span["stage"] if reduces else -1
+
+
+def write_chrome(directory: Path) -> Path:
+    """Write a run's trace as Chrome trace events, for Perfetto and chrome://tracing.
+
+    A replica is a process there and a rank a thread. Waiting is a slice within its instruction, a message an
+    arrow from Send to Recv, and memory a counter.
+
+    Args:
+        directory: of the run.
+
+    Returns:
+        The file, ``trace.json``. Its format: Chrome's "Trace Event Format", JSON object form; times in microseconds.
+
+    Raises:
+        ValueError: see ``load``.
+    """
+    events: list[dict[str, Any]] = []
+    known = set()
+    trace = load(directory)
+    origin = trace.steps[0].timeline.begin
+    for step in trace.steps:
+        for span in step.timeline.spans:
+            name = KINDS[span["kind"]]
+            rank, replica, stage, micro_batch = (int(span[c]) for c in ("rank", "replica", "stage", "micro_batch"))
+            where = {"pid": replica, "tid": rank}
+            if rank not in known:
+                known.add(rank)
+                events.append(_named("process_name", f"replica {replica}", where))
+                events.append(_named("thread_name", f"rank {rank}", where))
+            begin, end = (1e6 * (span[c] - origin) for c in ("begin", "end"))
+            args = {"step": step.number, "stage": stage, "micro_batch": None if micro_batch < 0 else micro_batch}
+            slices = {"ph": "X", "cat": CATEGORIES[name], "ts": begin, **where, "args": args}
+            title = name if micro_batch < 0 else f"{name} {micro_batch}"
+            events.append(slices | {"name": title, "dur": end - begin})
+            if span["waiting"] > 0:
+                events.append(slices | {"name": "waiting", "cat": "waiting", "dur": 1e6 * span["waiting"]})
+            if name in PARTNERS:
+                sends = name.startswith("Send")
+                boundary = min(stage, stage + PARTNERS[name][1])
+                message = f"{step.number}.{replica}.{name[4:]}.{boundary}.{micro_batch}"
+                arrow = {"name": name[4:], "cat": "message", "id": message, "ts": (begin + end) / 2, **where}
+                events.append(arrow | ({"ph": "s"} if sends else {"ph": "f", "bp": "e"}))
+            counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": end, "pid": replica}
+            events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
+    path = directory / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return path
+
+
+def _named(what: str, name: str, where: dict[str, int]) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "args": {"name": name}, **where}
