@@ -18,7 +18,7 @@ class HostClock:
     """Times of a rank that computes on the CPU, where an instruction has ended when its call returns."""
 
     def __init__(self) -> None:
-        self._resident = os.open("/proc/self/statm", os.O_RDONLY)
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
 
     def start(self) -> None:
         """Begin a step: its peak of memory counts from here."""
@@ -33,13 +33,15 @@ class HostClock:
         return mark
 
     def memory(self) -> int:
-        """Return the bytes that this process has in memory, its resident set."""
-        return int(os.pread(self._resident, 64, 0).split()[1]) * PAGE
+        """Return the bytes that this process has in memory for itself: its resident set without mapped files."""
+        _, resident, files, *_ = os.pread(self._statm, 64, 0).split()
+        return (int(resident) - int(files)) * PAGE
 
     def peak(self) -> int:
         """Return the most of it since ``start``."""
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        highest, files = (int(status.split(name)[1].split()[0]) for name in ("VmHWM:", "RssFile:"))
+        return (highest - files) * 1024
 
 
 class CudaClock:

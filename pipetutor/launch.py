@@ -18,9 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from pipetutor import fetch, machine, records
+from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
-from pipetutor.preflight import explain, preflight
+from pipetutor.preflight import preflight
 from pipetutor.records import Run
 
 SUPERVISOR_SECONDS = 10
@@ -54,6 +55,10 @@ def launch(
     save_every: int | None = None,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
+    engine: str = "deepspeed",
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    recompute: bool = False,
     trace: bool = False,
     fault: str | None = None,
     deadline: float = 300,
@@ -80,6 +85,10 @@ def launch(
         save_every: save a checkpoint every so many steps and at the end; the newest two are kept.
         resume: a checkpoint, or a run directory, whose newest is meant; stages and replicas may differ.
         weights: a torchvision ``state_dict`` file to start from.
+        engine: ``deepspeed``, or ``torch`` for ``torch.distributed.pipelining``, which plays every schedule.
+        schedule: in which order a rank computes: a name of ``pipetutor.schedules.SCHEDULES``.
+        chunks: stages of the model on each rank, for ``interleaved_1f1b``; rank r holds the stages r, r + P, ...
+        recompute: activation checkpointing: a stage keeps its input alone and computes the rest once more.
         trace: time every instruction on every rank; see ``pipetutor.trace``.
         fault: a fault to inject, such as ``stall:rank=1,step=3``; see ``pipetutor.faults``.
         deadline: seconds without a completed step after which the run is ended and explained.
@@ -116,6 +125,9 @@ def launch(
         resume=resume,
         weights=weights,
         fault=fault,
+        engine=engine,
+        schedule=schedule,
+        chunks=chunks,
     )
     if isinstance(deadline, bool | str) or not deadline > 0:
         raise ValueError(f"deadline is {deadline!r}, but must be a number of seconds above 0: 300, say")
@@ -139,10 +151,13 @@ def launch(
             "--resume": resume,
             "--weights": weights,
             "--fault": fault,
+            "--engine": engine if engine != "deepspeed" else None,
+            "--schedule": schedule if schedule != "1f1b" else None,
+            "--chunks": chunks if chunks != 1 else None,
         }
         for flag, value in optional.items():
             arguments += [flag, str(value)] if value is not None else []
-        arguments += ["--trace"] if trace else []
+        arguments += ["--recompute"] * recompute + ["--trace"] * trace
         command = _deepspeed(ranks, directory) + arguments
         records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:

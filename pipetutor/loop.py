@@ -37,11 +37,12 @@ def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> 
 class Loop:
     """What both modes do around a step: the data, the record, the heartbeat, evaluation and checkpoints."""
 
-    def __init__(self, args: argparse.Namespace, engine: Any):
-        self.args, self.engine = args, engine
+    def __init__(self, args: argparse.Namespace, engine: Any, recorder: Recorder | None):
+        self.args, self.engine, self.recorder = args, engine, recorder
         self.heart = Heartbeat(args.run_dir, dist.get_rank())
         self.fault = Fault.parse(args.fault) if args.fault else None
-        self.recorder = self._recorder() if args.trace else None
+        if recorder:
+            recorder.start(replica_of(engine), blocking=isinstance(engine, PipelineEngine))
         observe(engine, self._before, self._after)
         self.trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)
         self.size = len(self.trainset)  # type: ignore[arg-type]
@@ -67,11 +68,6 @@ class Loop:
     def _after(self) -> None:
         if self.recorder:
             self.recorder.after()
-
-    def _recorder(self) -> Recorder:
-        engine = self.engine
-        blocking = isinstance(engine, PipelineEngine)
-        return Recorder(self.args.run_dir, dist.get_rank(), replica_of(engine), blocking, engine.device)
 
     def _lacks_one(self) -> bool:
         if not is_pipeline(self.engine):  # a pipeline's engine loads by instruction, and has said so

@@ -26,7 +26,8 @@ class Picture(Figure):
         return content.getvalue()
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Take away the frame's upper and right line, which mean nothing."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -77,7 +78,7 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1 or chance is not None:
         axes.legend(frameon=False)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -106,7 +107,7 @@ def stages(run: Run) -> Figure:
     axes.set_xlim(-0.5, len(parameters) - 0.5)
     axes.set_ylim(0, top * 1.05)
     axes.set_ylabel("million parameters")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -144,5 +145,5 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes.set_yticks(range(len(compared)), names, fontsize=9)
     axes.set_ylim(len(compared) - 0.5, -1.5)
     axes.minorticks_off()
-    _plain(axes)
+    plain(axes)
     return figure

@@ -10,35 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor import checkpoint
+from pipetutor.batch import Batch, batch_arithmetic, natural
 from pipetutor.config import OBJECTS
 from pipetutor.faults import Fault
 from pipetutor.partition import METHODS, bounds_for, catalog
+from pipetutor.schedules import SCHEDULES, build
 
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
 BACKENDS = ("gloo", "nccl")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The batch arithmetic: train = micro x accumulation x replicas.
-
-    Attributes:
-        train: images a step, over all replicas (DeepSpeed's ``train_batch_size``).
-        micro: images a micro-batch (``train_micro_batch_size_per_gpu``).
-        accumulation: micro-batches a step and replica (``gradient_accumulation_steps``); a pipeline's M.
-        replicas: data-parallel copies.
-    """
-
-    train: int
-    micro: int
-    accumulation: int
-    replicas: int
-
-    def __str__(self) -> str:
-        return (
-            f"train batch {self.train} = micro-batch {self.micro} x {self.accumulation} micro-batches "
-            f"x {self.replicas} replica{'s' if self.replicas > 1 else ''}"
-        )
+ENGINES = ("deepspeed", "torch")
 
 
 @dataclass(frozen=True)
@@ -48,9 +28,12 @@ class Plan:
     Attributes:
         stages: pipeline stages P; 0 for the data-parallel baseline.
         batch: the batch arithmetic.
-        bounds: partition bounds, P + 1 layer indices; empty for the baseline.
+        bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
         layers: class name of each layer; empty for the baseline.
         backend: ``nccl`` or ``gloo``.
+        engine: ``deepspeed`` or ``torch``.
+        schedule: a name of ``schedules.SCHEDULES``.
+        chunks: stages of the model on each rank.
         done: steps that the checkpoint holds from which the run resumes; 0 without one.
         notice: what was decided for the user and why; empty when nothing was.
     """
@@ -60,6 +43,9 @@ class Plan:
     bounds: list[int]
     layers: list[str]
     backend: str
+    engine: str
+    schedule: str
+    chunks: int
     done: int
     notice: str
 
@@ -74,72 +60,11 @@ class Plan:
             "parts": self.bounds,
             "layers": self.layers,
             "backend": self.backend,
+            "engine": self.engine,
+            "schedule": self.schedule,
+            "chunks": self.chunks,
             "done": self.done,
         }
-
-
-def _natural(name: str, value: Any, least: int, example: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}: {example}, say")
-    return value
-
-
-def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
-    """Solve train = micro x accumulation x replicas for what the config leaves out, as DeepSpeed does.
-
-    Raises:
-        ValueError: a value is not a positive whole number, or the product does not hold; the message gives
-            the nearest triple that does.
-
-    >>> print(batch_arithmetic({"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8}, 2))
-    train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas
-    """
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    given = [None if config.get(name) is None else _natural(name, config[name], 1) for name in names]
-    train, micro, accumulation = given
-    if train is None and micro is None:
-        raise ValueError("the config needs train_batch_size or train_micro_batch_size_per_gpu: 256 and 8, say")
-    if micro is None:
-        assert train is not None
-        micro = max(1, train // ((accumulation or 1) * replicas))
-    if accumulation is None:
-        accumulation = 1 if train is None else max(1, round(train / (micro * replicas)))
-    nearest = Batch(micro * accumulation * replicas, micro, accumulation, replicas)
-    if train not in (None, nearest.train):
-        raise ValueError(
-            f"train batch {train} is not micro-batch {micro} x {given[2] or 'a whole number of'} micro-batches x "
-            f"{replicas} replicas; the nearest that works: {nearest}"
-        )
-    return nearest
-
-
-def explain(config: dict[str, Any], stages: int, replicas: int = 1) -> str:
-    """Explain the batch arithmetic with a run's own numbers, as ``launch`` and the command line print it.
-
-    Args:
-        config: a whole DeepSpeed config, from ``read_config``.
-        stages: pipeline stages P; 0 for the data-parallel baseline.
-        replicas: data-parallel copies.
-
-    Raises:
-        ValueError: see ``batch_arithmetic``.
-
-    >>> print(explain(read_config(None), stages=2, replicas=2))
-    train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas
-    gradient accumulation 16 = 256 / (8 x 2): it is the pipeline's M
-    P = 2, M = 16: stages of equal work idle (P-1)/(M+P-1) = 1/17 = 5.9 % of each step
-    """
-    batch = batch_arithmetic(config, replicas)
-    whose = "it is the pipeline's M" if stages else "gradients of so many micro-batches are added up, then one step"
-    m = batch.accumulation
-    lines = [str(batch), f"gradient accumulation {m} = {batch.train} / ({batch.micro} x {replicas}): {whose}"]
-    if stages:
-        idle, parts = stages - 1, m + stages - 1
-        lines.append(
-            f"P = {stages}, M = {m}: stages of equal work idle (P-1)/(M+P-1) = {idle}/{parts} = "
-            f"{100 * idle / parts:.1f} % of each step"
-        )
-    return "\n".join(lines)
 
 
 def _one_of(name: str, value: str, known: list[str]) -> None:
@@ -168,6 +93,9 @@ def preflight(
     resume: str | Path | None = None,
     weights: str | Path | None = None,
     fault: str | None = None,
+    engine: str = "deepspeed",
+    schedule: str = "1f1b",
+    chunks: int = 1,
 ) -> Plan:
     """Check a whole run and say what it will be.
 
@@ -189,18 +117,21 @@ def preflight(
         resume: a checkpoint, or a run directory, to go on from.
         weights: a ``state_dict`` file to start from.
         fault: a fault to inject; see ``pipetutor.faults``.
+        engine: ``deepspeed`` or ``torch``.
+        schedule: a name of ``schedules.SCHEDULES``.
+        chunks: stages of the model on each rank.
 
     Raises:
         ValueError: what was given, what is needed, and a value that would work.
     """
-    _natural("stages", stages, 0, example=2)
-    _natural("ranks", ranks, 1)
-    _natural("steps", steps, 1)
-    if _natural("seed", seed, 0) >= 2**32:
+    natural("stages", stages, 0, example=2)
+    natural("ranks", ranks, 1)
+    natural("steps", steps, 1)
+    if natural("seed", seed, 0) >= 2**32:
         raise ValueError(f"seed is {seed}, but must be below 2**32 = {2**32}: 1138, say")
     for name, value in {"eval_every": eval_every, "save_every": save_every}.items():
         if value is not None:
-            _natural(name, value, 1, example=10)
+            natural(name, value, 1, example=10)
     if dropout is not None and (isinstance(dropout, bool | str) or not 0 <= dropout < 1):
         raise ValueError(f"dropout is {dropout!r}, but must be a number from 0 and below 1: 0 turns it off")
     if not isinstance(partition, str):
@@ -214,8 +145,15 @@ def preflight(
     _one_of("model", model, sorted(catalog()))
     _one_of("dataset", dataset, sorted(DATASET_SIZES))
     layers = catalog()[model]
-    bounds = bounds_for(layers, stages, partition) if stages else []
-    zero_stage = _natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
+    _one_of("engine", engine, list(ENGINES))
+    _one_of("schedule", schedule, list(SCHEDULES))
+    natural("chunks", chunks, 1, example=2)
+    if chunks > 1 and schedule != "interleaved_1f1b":
+        raise ValueError(
+            f"chunks is {chunks}, but {schedule} gives each rank one stage: schedule='interleaved_1f1b' takes more"
+        )
+    bounds = bounds_for(layers, stages * chunks, partition) if stages else []
+    zero_stage = natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
     if stages and zero_stage >= 2:
         raise ValueError(
             f"zero_optimization stage {zero_stage} cannot be combined with {stages} pipeline stages: ZeRO 2 and 3 "
@@ -256,6 +194,13 @@ def preflight(
             )
     if fault is not None:
         Fault.parse(fault).check(ranks, stages, steps)
+    if engine == "deepspeed" and schedule != "1f1b":
+        raise ValueError(f"DeepSpeed's engine runs 1f1b, not {schedule}: engine='torch' (--engine torch) runs it")
+    if engine == "torch":
+        _check_torch_runs(
+            stages, batch, config, {"eval_every": eval_every, "save_every": save_every, "resume": resume}
+        )
+        build(schedule, stages, batch.accumulation, chunks)  # refuses numbers that it cannot order
     notice = ""
     if backend is None and 0 < gpus < local_ranks:
         notice = f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"
@@ -265,6 +210,9 @@ def preflight(
         bounds=bounds,
         layers=[layer.kind for layer in layers] if stages else [],
         backend=backend or ("nccl" if gpus >= local_ranks else "gloo"),
+        engine=engine,
+        schedule=schedule,
+        chunks=chunks,
         done=done,
         notice=notice,
     )
@@ -279,3 +227,16 @@ def _check_optimizer_can_be_saved(config: dict[str, Any], zero_stage: int) -> No
             f"zero_optimization stage {zero_stage} cannot be saved or resumed: it splits each optimizer tensor over "
             "replicas; use stage 0"
         )
+
+
+def _check_torch_runs(stages: int, batch: Batch, config: dict[str, Any], others: dict[str, Any]) -> None:
+    if not stages:
+        raise ValueError(
+            "engine 'torch' runs pipelines: give it at least 1 stage, or engine='deepspeed' for the baseline"
+        )
+    if batch.replicas > 1:
+        raise ValueError(f"engine 'torch' runs 1 replica, not {batch.replicas}: engine='deepspeed' runs more")
+    known = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
+    for name in (*config, *(name for name, value in others.items() if value is not None)):
+        if name not in known:
+            raise ValueError(f"engine 'torch' does not know {name}: leave it out, or use engine='deepspeed'")

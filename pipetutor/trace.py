@@ -41,14 +41,23 @@ class Recorder:
     another, too.
     """
 
-    def __init__(self, directory: Path, rank: int, replica: int, blocking: bool, device: Any):
+    def __init__(self, directory: Path, rank: int, device: Any):
         self._path = directory / f"trace_rank{rank}.jsonl"
         self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
+        self._head = {"rank": rank, "device": str(device), "without_model": self._clock.memory()}
         self._offset = clock_offset(device)
         self._spans: list[tuple[Any, ...]] | None = None
         self._open: tuple[str, int, int, Any] | None = None
-        head = {"rank": rank, "replica": replica, "blocking": blocking, "device": str(device)}
-        self._path.write_text(json.dumps(head | {"clock_offset": self._offset}) + "\n")
+
+    def start(self, replica: int, blocking: bool) -> None:
+        """Begin the file.
+
+        Args:
+            replica: which data-parallel copy the rank belongs to.
+            blocking: whether its engine sends and receives with calls that return once the message is there.
+        """
+        head = self._head | {"replica": replica, "blocking": blocking, "clock_offset": self._offset}
+        self._path.write_text(json.dumps(head | {"with_model": self._clock.memory()}) + "\n")
 
     def begin(self) -> None:
         """Start recording a step."""
@@ -107,14 +116,17 @@ class Trace:
     """What a run's ranks did, step by step.
 
     Attributes:
+        heads: what each rank says of itself: its number, replica, device and ``clock_offset`` in seconds, and the
+            bytes that it had in memory ``without_model`` and ``with_model``, before the first step.
         steps: every step that all ranks have completed.
     """
 
+    heads: list[dict[str, Any]]
     steps: list[Step]
 
     @property
     def typical(self) -> Step:
-        """The step of median length, the first one left out, in which memory is allocated and shapes are agreed on."""
+        """The step of median length; not the first, in which memory is allocated and shapes are agreed on."""
         later = sorted(self.steps[1:] or self.steps, key=lambda step: step.timeline.seconds)
         return later[(len(later) - 1) // 2]
 
@@ -146,7 +158,7 @@ def load(run: Run | str | Path) -> Trace:
         begin, end = min(step["begin"] for step in of_ranks), max(step["end"] for step in of_ranks)
         timeline = Timeline(spans, begin, end)
         steps.append(Step(of_ranks[0]["step"], timeline, [step["peak"] for step in of_ranks]))
-    return Trace(steps)
+    return Trace(heads, steps)
 
 
 def _rows(heads: Sequence[Any], steps: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
@@ -158,8 +170,8 @@ def _rows(heads: Sequence[Any], steps: Sequence[Any]) -> Iterator[tuple[Any, ...
 def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
     """Return the seconds that each span spent waiting for another rank.
 
-        stage 0:  SendActivation |--- waiting ---|-- transfer --|
-        stage 1:    ForwardPass ...............| RecvActivation |
+    stage 0:  SendActivation |--- waiting ---|-- transfer --|
+    stage 1:    ForwardPass ...............| RecvActivation |
     """
     place = {(KINDS[s["kind"]], s["stage"], s["replica"], s["micro_batch"]): s for s in spans}
     together: dict[tuple[int, int], float] = {}  # when the last rank came to a collective

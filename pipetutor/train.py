@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipetutor import checkpoint, faults, records
+from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.engine import data_parallel, pipeline, say
@@ -30,7 +31,10 @@ from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
 from pipetutor.machine import cpu_cores, gpu_count, versions
 from pipetutor.partition import METHODS
-from pipetutor.preflight import BACKENDS, DATASET_SIZES, Plan, explain, preflight
+from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, Plan, preflight
+from pipetutor.schedules import SCHEDULES
+from pipetutor.torch_engine import TorchPipeline
+from pipetutor.trace import Recorder
 from pipetutor.weights import load_weights
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
@@ -74,6 +78,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
     parser.add_argument("--resume", type=Path, help="a checkpoint, or a run directory: go on from its newest")
     parser.add_argument("--weights", type=Path, help="start from this torchvision state_dict")
+    parser.add_argument("--engine", default="deepspeed", help=f"{' or '.join(ENGINES)} (default deepspeed)")
+    parser.add_argument("--schedule", default="1f1b", help=f"{', '.join(SCHEDULES)} (default 1f1b)")
+    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved_1f1b (default 1)")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing of each stage")
     parser.add_argument("--trace", action="store_true", help="time every instruction, into the run directory")
     parser.add_argument("--fault", help=f"inject a fault ({', '.join(faults.KINDS)}), as in {faults.EXAMPLE}")
     return deepspeed.add_config_arguments(parser).parse_args(argv)
@@ -99,6 +107,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         resume=args.resume,
         weights=args.weights,
         fault=args.fault,
+        engine=args.engine,
+        schedule=args.schedule,
+        chunks=args.chunks,
     )
 
 
@@ -107,6 +118,12 @@ def _model(args: argparse.Namespace) -> nn.Module:
     if args.weights:
         load_weights(model, args.weights)
     return model
+
+
+def _recorder(args: argparse.Namespace) -> Recorder | None:
+    """Return the recorder of a run that is traced; made ahead of the model, whose memory it tells apart."""
+    device = torch.device(deepspeed.get_accelerator().current_device_name())
+    return Recorder(args.run_dir, dist.get_rank(), device) if args.trace else None
 
 
 def train_base(args: argparse.Namespace) -> Any:
@@ -119,6 +136,7 @@ def train_base(args: argparse.Namespace) -> Any:
         The DeepSpeed engine, trained for ``args.steps`` train batches.
     """
     torch.manual_seed(args.seed)
+    recorder = _recorder(args)
     engine = data_parallel(_model(args), read_config(args.deepspeed_config))
     criterion = nn.CrossEntropyLoss()
     accumulation = engine.gradient_accumulation_steps()
@@ -134,7 +152,7 @@ def train_base(args: argparse.Namespace) -> Any:
         dist.all_reduce(total)
         return total / (accumulation * dist.get_world_size())
 
-    Loop(args, engine).run(one_step)
+    Loop(args, engine, recorder).run(one_step)
     return engine
 
 
@@ -152,8 +170,13 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
         The DeepSpeed pipeline engine, trained for ``args.steps`` train batches.
     """
     deepspeed.runtime.utils.set_random_seed(args.seed)
-    engine = pipeline(_model(args), args.pipeline_parallel_size, part, read_config(args.deepspeed_config))
-    Loop(args, engine).run(lambda micro_batches: engine.train_batch(data_iter=micro_batches))
+    recorder, config = _recorder(args), read_config(args.deepspeed_config)
+    if args.engine == "torch":
+        bounds = [int(bound) for bound in part.split(",")]
+        engine = TorchPipeline(_model(args), args.schedule, bounds, config, args.recompute)
+    else:
+        engine = pipeline(_model(args), args.pipeline_parallel_size, part, config, args.recompute)
+    Loop(args, engine, recorder).run(lambda micro_batches: engine.train_batch(data_iter=micro_batches))
     return engine
 
 

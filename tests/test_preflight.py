@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from pipetutor import launch
+from pipetutor.batch import Batch, batch_arithmetic, explain
 from pipetutor.config import read_config
-from pipetutor.preflight import DATASET_SIZES, Batch, batch_arithmetic, explain, preflight
+from pipetutor.preflight import DATASET_SIZES, preflight
 
 GOOD = dict(
     ranks=2,

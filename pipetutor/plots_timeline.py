@@ -1,0 +1,191 @@
+"""Figures of time: what every rank did, theory over measurement; where its seconds went; its memory.
+
+Colours are Okabe and Ito's. Each kind has a texture of its own, too, so that the figures can be read in grey.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from pipetutor.plots import Picture, plain
+from pipetutor.timeline import COLUMNS, KINDS, Timeline
+
+# What is drawn: its colour, its texture, and how much of a rank's row it fills.
+LOOKS = {
+    "forward": ("#9BD3F5", "", 1.0),
+    "backward": ("#D55E00", "", 1.0),
+    "backward, input": ("#D55E00", "", 1.0),
+    "backward, weight": ("#F0E442", "....", 1.0),
+    "send": ("#009E73", "////", 0.62),
+    "receive": ("#CC79A7", "\\\\\\\\", 0.62),
+    "wait": ("#DDDDDD", "", 0.24),
+    "load": ("#777777", "xxxx", 1.0),
+    "reduce": ("#000000", "++++", 1.0),
+    "optimizer": ("#0072B2", "----", 1.0),
+}
+LOOK_OF = {
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "BackwardInput": "backward, input",
+    "BackwardWeight": "backward, weight",
+    "SendActivation": "send",
+    "SendGrad": "send",
+    "RecvActivation": "receive",
+    "RecvGrad": "receive",
+    "AggregateLoss": "receive",
+    "LoadMicroBatch": "load",
+    "ReduceGrads": "reduce",
+    "ReduceTiedGrads": "reduce",
+    "OptimizerStep": "optimizer",
+}
+NUMBERED = ("ForwardPass", "BackwardPass", "BackwardInput", "BackwardWeight")
+CHUNK_SHADES = 0.45  # how much darker the last of a rank's chunks is than its first
+
+
+def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
+    """Draw timelines one above the other on one time axis, each beginning at zero.
+
+    A rank is a row, which is filled while it computes. A thin bar is waiting. Boxes carry the number of their
+    micro-batch where it fits; where a rank holds several chunks, the later ones are darker.
+
+    Args:
+        rows: a title for each timeline, such as theory and measurement.
+        unit: ``ms``, or what a simulated second stands for, such as ``units of time``.
+    """
+    scale = 1e3 if unit == "ms" else 1.0
+    longest = max(timeline.seconds for timeline in rows.values()) * scale
+    ranks = [timeline.ranks for timeline in rows.values()]
+    height = 1.15 + sum(0.42 * count + 0.5 for count in ranks)
+    figure = Picture(figsize=(9.5, height), layout="constrained")
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=[n + 0.6 for n in ranks])
+    used: dict[str, None] = {}
+    for axes, (title, timeline) in zip(panels.flat, rows.items(), strict=True):
+        for rank in range(timeline.ranks):
+            _row(axes, timeline, rank, scale, longest, used)
+        axes.axvline(timeline.seconds * scale, color="black", linewidth=1)
+        axes.set_title(f"{title}: {timeline.seconds * scale:.4g} {unit}", loc="left", fontsize=10)
+        axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)], fontsize=9)
+        axes.set_ylim(timeline.ranks - 0.45, -0.55)
+        axes.tick_params(axis="y", length=0)
+        plain(axes)
+    panels[-1, 0].set_xlim(0, longest * 1.005)
+    panels[-1, 0].set_xlabel("milliseconds" if unit == "ms" else unit)
+    _legend(figure, [look for look in LOOKS if look in used])
+    return figure
+
+
+def _row(axes: Axes, timeline: Timeline, rank: int, scale: float, longest: float, used: dict[str, None]) -> None:
+    spans = timeline.of(rank)
+    lowest, highest = int(spans["stage"].min()), int(spans["stage"].max())
+    begins = (spans["begin"] - timeline.begin) * scale
+    ends = (spans["end"] - timeline.begin) * scale
+    waits = spans["waiting"] * scale
+    waited = waits > longest * 1e-4
+    if waited.any():
+        _bars(axes, begins[waited], waits[waited], rank, "wait", to_rgb(LOOKS["wait"][0]))
+        used["wait"] = None
+    for code in np.unique(spans["kind"]):
+        for stage in np.unique(spans["stage"]):
+            chosen = (spans["kind"] == code) & (spans["stage"] == stage) & (ends - begins - waits > longest * 1e-4)
+            if not chosen.any():
+                continue
+            look = LOOK_OF[KINDS[code]]
+            used[look] = None
+            depth = CHUNK_SHADES * (stage - lowest) / max(highest - lowest, 1)
+            shade = np.array(to_rgb(LOOKS[look][0])) * (1 - depth)
+            left = (begins + waits)[chosen]
+            _bars(axes, left, ends[chosen] - left, rank, look, shade)
+            if KINDS[code] in NUMBERED:
+                for start, end, number in zip(left, ends[chosen], spans["micro_batch"][chosen], strict=True):
+                    if end - start > longest * 0.0075 * (1 + len(str(number))):
+                        colour = "white" if shade @ (0.3, 0.59, 0.11) < 0.55 else "black"
+                        axes.text((start + end) / 2, rank, number, ha="center", va="center", fontsize=8, color=colour)
+
+
+def _bars(axes: Axes, left: np.ndarray, width: np.ndarray, rank: int, look: str, colour: object) -> None:
+    _, hatch, height = LOOKS[look]
+    edge = "none" if look == "wait" else "white"
+    axes.barh(
+        np.full(len(left), rank), width, 0.78 * height, left, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.6
+    )
+
+
+def _legend(figure: Figure, looks: Sequence[str]) -> None:
+    handles = [Patch(facecolor=LOOKS[k][0], hatch=LOOKS[k][1], edgecolor="white", label=k) for k in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False, fontsize=9)
+
+
+PARTS = {
+    "compute": ("#E69F00", ""),
+    "load": ("#777777", "xxxx"),
+    "transfer": ("#009E73", "////"),
+    "waiting": ("#DDDDDD", ""),
+    "reduce": ("#000000", "++++"),
+    "optimizer": ("#0072B2", "----"),
+    "other": ("#333333", ""),
+}
+
+
+def accounting(rows: Mapping[str, Timeline]) -> Figure:
+    """Draw where each rank's seconds went, the timelines beside each other.
+
+    Args:
+        rows: a title for each timeline.
+    """
+    bars = [
+        (f"{title}\nrank {rank}", account)
+        for rank in range(max(timeline.ranks for timeline in rows.values()))
+        for title, timeline in rows.items()
+        for account in timeline.accounting()[rank : rank + 1]
+    ]
+    figure = Picture(figsize=(9.5, 0.9 + 0.5 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(bars))
+    for part in COLUMNS:
+        width = np.array([account[part] for _, account in bars]) * 1e3
+        colour, hatch = PARTS[part]
+        if width.max() > 1e-3 * (left + width).max():
+            drawn = axes.barh(
+                range(len(bars)), width, 0.7, left, color=colour, hatch=hatch, edgecolor="white", label=part
+            )
+            big = width > 0.05 * sum(bars[0][1].values()) * 1e3
+            words = [f"{value:.0f}" if shown else "" for value, shown in zip(width, big, strict=True)]
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.75}
+            for text in axes.bar_label(drawn, words, label_type="center", fontsize=8):
+                text.set_bbox(box if text.get_text() else None)
+        left += width
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("milliseconds of one step")
+    figure.legend(loc="outside lower center", ncols=len(COLUMNS), frameon=False, fontsize=9)
+    plain(axes)
+    return figure
+
+
+def memory(rows: Mapping[str, Timeline], stages: Sequence[int] | None = None) -> Figure:
+    """Draw each rank's memory over a step, the timelines beside each other on one scale.
+
+    Args:
+        rows: a title for each timeline, such as GPipe and 1F1B.
+        stages: the ranks to draw; all of them where it is not given.
+    """
+    figure = Picture(figsize=(9.5, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)
+    for axes, (title, timeline) in zip(panels.flat, rows.items(), strict=True):
+        for rank in stages if stages is not None else range(timeline.ranks):
+            spans = timeline.of(rank)
+            times = (spans["end"] - timeline.begin) * 1e3
+            colour, style = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))[rank % 4]
+            axes.step(times, spans["memory"] / 1e6, style, where="post", color=colour, label=f"rank {rank}")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("milliseconds")
+        axes.set_ylim(bottom=0)
+        plain(axes)
+    panels[0, 0].set_ylabel("MB")
+    panels[0, 0].legend(frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,146 @@
+"""Traces: every instruction, once, on one clock, in a file that Perfetto and chrome://tracing read."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+from conftest import train
+
+from pipetutor import trace
+from pipetutor.schedules import deepspeed_1f1b
+from pipetutor.timeline import KINDS, Timeline
+
+MODEL = ["--model", "mobilenet_v3_small", "--partition", "0,5,19", "--dropout", 0]
+
+
+def instructions(timeline: Timeline, rank: int) -> list[tuple[str, int | None]]:
+    spans = timeline.of(rank)
+    return [(KINDS[s["kind"]], None if s["micro_batch"] < 0 else int(s["micro_batch"])) for s in spans]
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("traced")
+    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2}
+    return train(directory, "-s", 3, "--trace", *MODEL, stages=2, replicas=2, config=config)
+
+
+def test_every_rank_has_the_engines_instructions_in_their_order(traced):
+    for number, step in enumerate(trace.load(traced).steps, start=1):
+        assert step.number == number and step.timeline.ranks == 4
+        for rank in range(4):
+            planned = [(i.name, i.micro_batch) for i in deepspeed_1f1b(2, 4, rank // 2)]
+            assert instructions(step.timeline, rank) == [*planned, ("AggregateLoss", None)]
+            spans = step.timeline.of(rank)
+            assert set(spans["stage"]) == {rank // 2} and set(spans["replica"]) == {rank % 2}
+            assert (spans["memory"] > 1e6).all() and step.peaks[rank] >= spans["memory"].max() * 0.99
+
+
+def test_one_clock_for_all_ranks(traced):
+    """A message is sent before it is there, and spans of a rank follow each other, within their step."""
+    for step in trace.load(traced).steps:
+        timeline = step.timeline
+        times = {(KINDS[s["kind"]], s["rank"], s["micro_batch"]): s for s in timeline.spans}
+        for (name, rank, micro_batch), span in times.items():
+            assert timeline.begin <= span["begin"] <= span["end"] <= timeline.end
+            assert 0 <= span["waiting"] <= span["end"] - span["begin"]
+            if name == "RecvActivation":
+                assert span["end"] >= times["SendActivation", rank - 2, micro_batch]["begin"]
+                assert span["begin"] >= times["SendActivation", rank - 2, micro_batch - 1]["begin"] or not micro_batch
+        for rank in range(4):
+            for one, other in itertools.pairwise(timeline.of(rank)):
+                assert one["end"] <= other["begin"]
+
+
+def test_the_account_adds_up_to_the_step(traced):
+    """To the step that the run itself has timed; nothing counts twice."""
+    for step, seconds in zip(trace.load(traced).steps, traced.seconds, strict=True):
+        for account in step.timeline.accounting():
+            assert sum(account.values()) == pytest.approx(step.timeline.seconds)
+            assert sum(account.values()) == pytest.approx(seconds, rel=0.02, abs=0.005)
+            assert min(account.values()) >= 0
+
+
+def test_who_waits_for_whom(runs):
+    """Stage 0 computes half a second longer: stage 1 waits for each activation, and that is no transfer."""
+    fault = ["--fault", "slow:rank=0,step=1,seconds=0.5"]
+    run = train(runs, "-s", 1, "--trace", *fault, *MODEL, stages=2)
+    first, second = trace.load(run).steps[0].timeline.accounting()
+    assert first["waiting"] < 0.3 < 1.0 < second["waiting"]
+    assert second["transfer"] < 0.3 and first["compute"] > 2
+
+
+def test_a_data_parallel_step_is_traced_too(runs):
+    run = train(runs, "-s", 2, "--trace", "--model", "mobilenet_v3_small", stages=0, replicas=1)
+    names = Counter(name for name, _ in instructions(trace.load(run).typical.timeline, 0))
+    assert names == {"LoadMicroBatch": 2, "ForwardPass": 2, "BackwardPass": 2, "OptimizerStep": 1}
+
+
+def another_host():
+    """Rank 1 believes that it runs on another host, whose clock is 1,000 s behind."""
+    import os
+    import time
+    from pathlib import Path
+
+    if os.environ["RANK"] == "1":
+        read, clock = Path.read_text, time.perf_counter
+        Path.read_text = lambda path, **how: "another" if path.name == "boot_id" else read(path, **how)
+        time.perf_counter = lambda: clock() - 1000
+
+
+def test_clocks_of_two_hosts_are_brought_together(runs):
+    """Both clocks are the same one here, so what the estimate should be is known."""
+    run = train(runs, "-s", 2, "--trace", *MODEL, stages=2, patch=another_host)
+    measured = trace.load(run)
+    offsets = [head["clock_offset"] for head in measured.heads]
+    assert offsets[0] == 0 and offsets[1] == pytest.approx(1000, abs=1e-3)
+    assert measured.typical.timeline.seconds < 60
+
+
+def test_chrome_trace(traced):
+    """The required keys of the format; arrows that begin and end within slices; every span is there."""
+    content = json.loads((traced.directory / "trace.json").read_text())
+    assert content["displayTimeUnit"] == "ms"
+    by_phase: dict[str, list[dict]] = {}
+    for event in content["traceEvents"]:
+        assert {"name", "ph", "pid"} <= event.keys()
+        by_phase.setdefault(event["ph"], []).append(event)
+    assert by_phase.keys() == {"M", "X", "s", "f", "C"}
+    slices = [e for e in by_phase["X"] if e["cat"] != "waiting"]
+    assert len(slices) == sum(len(step.timeline.spans) for step in trace.load(traced).steps)
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 and {"tid", "args"} <= e.keys() for e in by_phase["X"])
+    assert sorted(e["id"] for e in by_phase["s"]) == sorted(e["id"] for e in by_phase["f"])
+    assert len({e["id"] for e in by_phase["s"]}) == len(by_phase["s"]) == 3 * 2 * 4 * 2
+    for arrow in by_phase["s"] + by_phase["f"]:
+        around = [e for e in slices if e["tid"] == arrow["tid"] and e["ts"] <= arrow["ts"] <= e["ts"] + e["dur"]]
+        assert any(arrow["name"] in e["name"] for e in around)
+    waits = [e for e in by_phase["X"] if e["cat"] == "waiting"]
+    assert waits and all(any(e["ts"] == w["ts"] and e["dur"] >= w["dur"] for e in slices) for w in waits)
+
+
+def test_no_trace(runs):
+    run = train(runs, "-s", 1, "--model", "mobilenet_v3_small")
+    with pytest.raises(ValueError, match="holds no traced step: launch the run with trace=True"):
+        trace.load(run)
+
+
+def test_tracing_costs_less_than_2_percent_of_a_step(tmp_path, monkeypatch):
+    """What 100 instructions cost, against the second that a step of AlexNet with so many takes."""
+    import torch
+
+    monkeypatch.setattr(trace, "clock_offset", lambda device: 0.0)
+    recorder = trace.Recorder(tmp_path, 0, torch.device("cpu"))
+    recorder.start(replica=0, blocking=True)
+    clock = recorder._clock
+    costs = []
+    for step in range(20):
+        begin = clock.now()
+        recorder.begin()
+        for micro_batch in range(100):
+            recorder.before("ForwardPass", micro_batch, 0)
+            recorder.after()
+        recorder.end(step)
+        costs.append(clock.now() - begin)
+    print(f"100 instructions: {1e3 * sorted(costs)[10]:.2f} ms")
+    assert sorted(costs)[10] < 0.02
