@@ -231,20 +231,20 @@ def write_chrome(directory: Path) -> Path:
                 known.add(rank)
                 events.append(_named("process_name", f"replica {replica}", where))
                 events.append(_named("thread_name", f"rank {rank}", where))
-            begin, end = (1e6 * (span[c] - origin) for c in ("begin", "end"))
+            begin, lasts = 1e6 * (span["begin"] - origin), 1e6 * (span["end"] - span["begin"])
             args = {"step": step.number, "stage": stage, "micro_batch": None if micro_batch < 0 else micro_batch}
             slices = {"ph": "X", "cat": CATEGORIES[name], "ts": begin, **where, "args": args}
             title = name if micro_batch < 0 else f"{name} {micro_batch}"
-            events.append(slices | {"name": title, "dur": end - begin})
+            events.append(slices | {"name": title, "dur": lasts})
             if span["waiting"] > 0:
                 events.append(slices | {"name": "waiting", "cat": "waiting", "dur": 1e6 * span["waiting"]})
             if name in PARTNERS:
                 sends = name.startswith("Send")
                 boundary = min(stage, stage + PARTNERS[name][1])
                 message = f"{step.number}.{replica}.{name[4:]}.{boundary}.{micro_batch}"
-                arrow = {"name": name[4:], "cat": "message", "id": message, "ts": (begin + end) / 2, **where}
+                arrow = {"name": name[4:], "cat": "message", "id": message, "ts": begin + lasts / 2, **where}
                 events.append(arrow | ({"ph": "s"} if sends else {"ph": "f", "bp": "e"}))
-            counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": end, "pid": replica}
+            counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": begin + lasts, "pid": replica}
             events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
     path = directory / "trace.json"
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
