@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 STEPS, MICRO_BATCHES, REPEATS = 4, 4, 3
 SEED = 1138
-COPIES = 6  # of the parameters, at most, in one rank: themselves, gradients (old, new, flat), Adam's two moments
+COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
 PATIENCE_SECONDS = 600
 FILE = "costs.json"
 
@@ -61,6 +61,7 @@ class LayerCost:
         output_bytes: the message, when the model is cut behind this layer.
         kept: (number, bytes) of each storage that its backward needs, parameters aside. Two layers that keep the
             same storage, as a layer's output and the next one's input, give it the same number.
+        keeps_output: whether its output is such a storage, of this layer or of one before.
     """
 
     kind: str
@@ -70,7 +71,8 @@ class LayerCost:
     first_saving: float
     parameters: int
     output_bytes: int
-    kept: tuple[tuple[int, int], ...] = field(repr=False)
+    kept: tuple[tuple[int, int], ...]
+    keeps_output: bool
 
     @property
     def backward(self) -> float:
@@ -95,8 +97,6 @@ class LayerCosts:
         latency: seconds that the shortest message takes.
         bandwidth: bytes a second of a long one; infinite where one rank measured alone.
         optimizer: seconds a parameter, for a step of fused AdamW and the release of the gradients.
-        reduce: seconds a parameter for DeepSpeed's ReduceGrads, which copies all gradients to one tensor and
-            back even where there is one replica.
         directory: where ``costs.json`` holds the same.
     """
 
@@ -112,7 +112,6 @@ class LayerCosts:
     latency: float
     bandwidth: float
     optimizer: float
-    reduce: float
     directory: Path
 
     def for_bounds(self, bounds: Sequence[int], micro_batches: int | None = None) -> dict[str, Any]:
@@ -154,7 +153,9 @@ class LayerCosts:
                 sum(layer.backward_weight - share * layer.first_saving for layer in stage) for stage in stages
             ],
             "activation_bytes": [
-                received + stage[-1].output_bytes + sum(dict(k for layer in stage for k in layer.kept).values())
+                received
+                + sum(dict(k for layer in stage for k in layer.kept).values())
+                + (0 if stage[-1].keeps_output else stage[-1].output_bytes)
                 for stage, received in zip(stages, inputs, strict=True)
             ],
             "message_bytes": inputs[1:],
@@ -162,7 +163,7 @@ class LayerCosts:
             "bandwidth": self.bandwidth,
             "load": load,
             "optimizer": [self.optimizer * count for count in parameters],
-            "all_reduce": [self.reduce * count for count in parameters],
+            "all_reduce": [0.0] * len(stages),
         }
 
     def __str__(self) -> str:
@@ -221,8 +222,9 @@ def measure(
     >>> costs.for_bounds([0, 16, 22])["forward"]  # doctest: +SKIP
     [0.057, 0.023]
     """
-    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"ranks is {ranks!r}, but must be a whole number of at least 1: 2, say")
+    for name, value in {"micro_batch": micro_batch, "ranks": ranks}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1: 2, say")
     preflight(
         ranks=ranks,
         stages=ranks,
@@ -248,7 +250,8 @@ def measure(
     env = dict(os.environ) | {"LOCAL_SIZE": str(ranks)}
     machine.prepare_rank(env, ["--backend=gloo"])
     names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")
-    work = f"from pipetutor.costs import _work; _work({str(directory)!r}, {model!r}, {micro_batch}, {ranks}, {dropout})"
+    arguments = str(directory), model, micro_batch, ranks, dropout
+    work = f"from pipetutor.costs import _work; _work(*{arguments!r})"
     command = ["env", "CUDA_VISIBLE_DEVICES=", *(f"{name}={env[name]}" for name in names), sys.executable, "-c", work]
     rows = directory / "rows.jsonl"
     report = watch(command, directory, 0, float("inf"), rows, STEPS * MICRO_BATCHES, "micro-batches", _brief)
@@ -262,19 +265,20 @@ def _brief(row: dict[str, Any]) -> str:
     return f"{1e3 * row['seconds']:.0f} ms a micro-batch"
 
 
-Samples = dict[str, list[Any]]  # what was measured -> one value for each time that it was
+Samples = dict[str, Any]  # what was measured -> its values, one for each time
 
 
 def run_micro_batch(
     layers: Sequence["nn.Module"], images: "torch.Tensor", labels: "torch.Tensor", loss: "nn.Module"
 ) -> tuple[list[float], list[float], float]:
-    """Run one micro-batch, forward and backward, and read the clock between layers.
+    """Run one micro-batch forward and backward, uncut, and read the clock between layers.
 
-    Nothing is cut: autograd calls a hook when it reaches a layer, and reaches the next when it is done with all of
-    the former, since it takes what was recorded last first, and adds a gradient up as soon as there is one.
+    On the way back autograd calls a hook ahead of what a layer recorded last. By then it is done with the layers
+    behind, their parameters' gradients added up: it takes what was recorded last first, and adds at once.
 
-        forward   |copy| layer 0 | layer 1 | loss |
-        backward       | loss | layer 1 | layer 0 |
+        forward    | copy | layer 0 | layer 1 ... loss |
+        backward          | loss ... layer 1 | layer 0 |
+                                             ^ the hook of layer 0
 
     Args:
         layers: the flat list.
@@ -283,7 +287,7 @@ def run_micro_batch(
         loss: takes the last layer's output and the labels.
 
     Returns:
-        Seconds of each layer's forward and backward, the loss in the last one's, and of the copy.
+        Seconds of each layer's forward and backward, the loss in those of the last, and seconds of the copy.
     """
     begin = time.perf_counter()
     x = images.clone()
@@ -295,15 +299,228 @@ def run_micro_batch(
 
     for index, layer in enumerate(layers):
         x = layer(x)
-        ends.append(time.perf_counter())
-        if x.grad_fn is not None:
+        if x.grad_fn is not None and index < len(layers) - 1:
             x.grad_fn.register_prehook(functools.partial(note, index))
+        ends.append(time.perf_counter())
     error = loss(x, labels)
     ends[-1] = reached[len(layers) - 1] = time.perf_counter()
     error.backward()
-    after = time.perf_counter()
+    end = time.perf_counter()
     backward = [0.0] * len(layers)
-    for index in range(len(layers)):
-        if index in reached:  # else it has nothing to differentiate
-            pass
-    return [b - a for a, b in itertools.pairwise(ends)], backward, ends[0] - begin
+    for index, reach in sorted(reached.items()):
+        # A layer that returns its input, as dropout without a probability, shares its neighbour's hook.
+        backward[index], end = max(0.0, end - reach), min(end, reach)
+    return [late - early for early, late in itertools.pairwise(ends)], backward, ends[0] - begin
+
+
+def look_at_memory(layers: Sequence["nn.Module"], images: "torch.Tensor") -> list[dict[str, Any]]:
+    """Return ``parameters``, ``output_bytes``, ``kept`` and ``keeps_output`` of each layer; see ``LayerCost``."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    owned = {p.untyped_storage().data_ptr() for layer in layers for p in (*layer.parameters(), *layer.buffers())}
+    numbers: dict[int, int] = {}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: "torch.Tensor") -> "torch.Tensor":
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[numbers.setdefault(storage.data_ptr(), len(numbers))] = storage.nbytes()
+        return tensor.detach()  # keeps the storage, so that no other gets its address, but not the graph
+
+    found = []
+    x = images.clone()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        for layer in layers:
+            kept.clear()
+            x = layer(x)
+            found.append(
+                {
+                    "parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
+                    "output_bytes": x.nbytes,
+                    "kept": tuple(kept.items()),
+                    "keeps_output": x.untyped_storage().data_ptr() in numbers,
+                }
+            )
+    return found
+
+
+def weight_shares(layers: Sequence["nn.Module"], images: "torch.Tensor") -> list[float]:
+    """Return which share of each layer's backward is for its parameters, their gradients added up.
+
+    The rest is for its input. It is 1 for layer 0 and 0 for a layer without parameters: each needs one of the two.
+    """
+    import torch
+
+    def seconds(layer: "nn.Module", x: "torch.Tensor") -> float:
+        output = layer(x.clone())  # a copy, since a layer may work in place
+        gradient = torch.ones_like(output)
+        begin = time.perf_counter()
+        output.backward(gradient)
+        return time.perf_counter() - begin
+
+    shares = []
+    x = images
+    for index, layer in enumerate(layers):
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        if parameters and index:
+            weights = seconds(layer, x)
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            inputs = seconds(layer, x.requires_grad_())
+            for parameter in parameters:
+                parameter.requires_grad_()
+            shares.append(weights / (weights + inputs))
+        else:
+            shares.append(float(bool(parameters)))
+        with torch.no_grad():
+            x = layer(x.clone()).detach()
+    return shares
+
+
+def _transfers(rank: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
+    """Send each size to and fro between ranks 0 and 1, as activation and gradient; return (bytes, seconds) a way."""
+    import torch
+    import torch.distributed as dist
+
+    found = []
+    for size in sizes:
+        message, times = torch.zeros(size, dtype=torch.uint8), []
+        for _ in range(5 * REPEATS):
+            dist.barrier()
+            begin = time.perf_counter()
+            if rank == 0:
+                dist.send(message, 1)
+                dist.recv(message, 1)
+            elif rank == 1:
+                dist.recv(message, 0)
+                message.clone()  # as DeepSpeed takes one of each activation
+                dist.send(message, 0)
+            times.append((time.perf_counter() - begin) / 2)
+        found.append((size, statistics.median(times)))
+    return found
+
+
+def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | None, directory: Path) -> Samples:
+    """Measure in one process, while the others do the same."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    from pipetutor import data
+    from pipetutor.layers import build, join_layers
+
+    meeting = dist.FileStore(str(directory / "store"), ranks)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    torch.manual_seed(SEED)
+    layers, loss = join_layers(build(model, dropout=dropout)), nn.CrossEntropyLoss()
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
+    trainset = data.load("synthetic", True, -1, fetch.DATA_DIR)
+
+    def batches(source: Any) -> Iterator[list[torch.Tensor]]:
+        loader = data.loader(source, data.EpochSampler(source, 1, 0, SEED, data.Position()), micro_batch, _CPU)
+        return itertools.chain.from_iterable(itertools.repeat(loader))
+
+    _CPU = torch.device("cpu")
+    images_of, labels_of = batches(trainset), batches(data.Labels(trainset))
+    images = next(images_of)[0]
+    memory = look_at_memory(layers, images)
+    samples: Samples = defaultdict(list, memory=memory, input_bytes=images.nbytes, threads=torch.get_num_threads())
+    seconds = 0.0
+    for step in range(-1, STEPS):  # the step before the first warms up
+        dist.barrier()
+        time.sleep(seconds * rank / ranks)
+        for number in range(MICRO_BATCHES if step >= 0 else 2):
+            begin = time.perf_counter()
+            images = next(images_of)[0].clone()
+            middle = time.perf_counter()
+            labels = next(labels_of)[1]
+            loaded = time.perf_counter()
+            forward, backward, copy = run_micro_batch(layers, images, labels, loss)
+            seconds = time.perf_counter() - begin
+            if step >= 0:
+                samples["load_images"].append(middle - begin)
+                samples["load_labels"].append(loaded - middle)
+                samples["forward"].append(forward)
+                samples["later" if number else "first"].append(backward)
+                samples["copy"].append(copy / images.nbytes)
+                if rank == 0:
+                    records.append(directory / "rows.jsonl", {"seconds": seconds})
+        begin = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 0:
+            samples["optimizer"].append((time.perf_counter() - begin) / count)
+    samples["share"] = [weight_shares(layers, images) for _ in range(REPEATS)]
+    sizes = sorted({4096, *(layer["output_bytes"] for layer in memory)})
+    samples["transfers"] = _transfers(rank, sizes) if ranks > 1 else []
+    return dict(samples)
+
+
+def _work(directory: str, model: str, micro_batch: int, ranks: int, dropout: float | None) -> None:
+    """Fork the measuring ranks, and write what they found; run by ``measure`` in a process of its own."""
+    import torchvision  # noqa: F401 (loaded once, here, and not once in every fork)
+
+    from pipetutor.forks import forked
+
+    path = Path(directory)
+    works = [functools.partial(_rank, rank, ranks, model, micro_batch, dropout, path) for rank in range(ranks)]
+    found = forked(works, path / "logs" / "costs.log", PATIENCE_SECONDS)
+
+    def median(name: str) -> Any:
+        return np.median([value for samples in found for value in samples[name]], axis=0)
+
+    kinds = [layer.kind for layer in catalog()[model]]
+    later, share = median("later"), median("share")
+    saving = np.clip(later - median("first"), 0, share * later)
+    times = zip(median("forward").tolist(), later.tolist(), share.tolist(), saving.tolist(), strict=True)
+    layers = [
+        LayerCost(kind, forward, (1 - weight) * backward, weight * backward, saved, **memory)
+        for kind, (forward, backward, weight, saved), memory in zip(kinds, times, found[0]["memory"], strict=True)
+    ]
+    latency, bandwidth = 0.0, float("inf")
+    if found[0]["transfers"]:
+        sizes, ways = np.array(found[0]["transfers"]).T
+        slope, latency = np.polyfit(sizes, ways, 1, w=1 / ways)  # each size counts by its relative error
+        bandwidth = 1 / slope
+    costs = LayerCosts(
+        model,
+        micro_batch,
+        ranks,
+        found[0]["threads"],
+        tuple(layers),
+        found[0]["input_bytes"],
+        latency=float(latency),
+        bandwidth=float(bandwidth),
+        directory=path,
+        **{name: float(median(name)) for name in ("load_images", "load_labels", "copy", "optimizer")},
+    )
+    content = dataclasses.asdict(costs)
+    del content["directory"]
+    records.write_json(path / FILE, content)
+    records.update(path, status="finished")
+
+
+def main() -> None:
+    """Run ``measure`` from the command line; status 1 if it fails, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="pipetutor.costs", description="what does each layer cost here?")
+    parser.add_argument("--model", default="alexnet", help="default %(default)s")
+    parser.add_argument("--micro-batch", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
+    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
+    args = parser.parse_args()
+    try:
+        costs = measure(args.model, args.micro_batch, args.ranks, dropout=args.dropout, runs_dir=args.runs_dir)
+    except (ValueError, RunFailed) as error:
+        print(f"pipetutor: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(costs)
+    print(f"written to {costs.directory / FILE}")
+
+
+if __name__ == "__main__":
+    main()

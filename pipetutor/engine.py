@@ -25,7 +25,15 @@ def say(line: str) -> None:
 
 
 class PipelineModule(deepspeed.pipe.PipelineModule):
-    """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22`` as its partition method."""
+    """DeepSpeed's ``PipelineModule``, which takes bounds such as ``0,16,22``, too, and lets go of other stages' layers.
+
+    DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model.
+    """
+
+    def _build(self) -> None:
+        super()._build()
+        held = range(self._local_start, self._local_stop)
+        self._layer_specs = [spec if index in held else None for index, spec in enumerate(self._layer_specs)]
 
     def _partition_layers(self, method: str = "uniform") -> None:
         if method[0].isdigit():
@@ -116,7 +124,9 @@ def is_pipeline(engine: Any) -> bool:
 
 def replica_of(engine: Any) -> int:
     """Return which data-parallel copy this rank belongs to, from 0 to ``engine.dp_world_size`` - 1."""
-    return engine.grid.get_data_parallel_rank() if is_pipeline(engine) else dist.get_rank()
+    if isinstance(engine, PipelineEngine):
+        return engine.grid.get_data_parallel_rank()
+    return 0 if is_pipeline(engine) else dist.get_rank()
 
 
 def model_state(engine: Any) -> dict[str, torch.Tensor]:
@@ -168,6 +178,8 @@ def observe(engine: Any, before: Before, after: After) -> None:
     """
     if isinstance(engine, PipelineEngine):
         _observe_pipeline(engine, before, after)
+    elif is_pipeline(engine):
+        engine.observe(before, after)
     else:
         _observe_data_parallel(engine, before, after)
 

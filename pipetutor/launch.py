@@ -128,6 +128,7 @@ def launch(
         engine=engine,
         schedule=schedule,
         chunks=chunks,
+        recompute=recompute,
     )
     if isinstance(deadline, bool | str) or not deadline > 0:
         raise ValueError(f"deadline is {deadline!r}, but must be a number of seconds above 0: 300, say")

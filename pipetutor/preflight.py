@@ -96,6 +96,7 @@ def preflight(
     engine: str = "deepspeed",
     schedule: str = "1f1b",
     chunks: int = 1,
+    recompute: bool = False,
 ) -> Plan:
     """Check a whole run and say what it will be.
 
@@ -120,6 +121,7 @@ def preflight(
         engine: ``deepspeed`` or ``torch``.
         schedule: a name of ``schedules.SCHEDULES``.
         chunks: stages of the model on each rank.
+        recompute: whether stages recompute their activations.
 
     Raises:
         ValueError: what was given, what is needed, and a value that would work.

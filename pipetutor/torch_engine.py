@@ -9,8 +9,10 @@ The runtime is private in torch 2.15 (``_PipelineScheduleRuntime``), and this is
 Sends and receives run in the background, on gloo's own thread; a rank waits for a message only where it needs it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,10 +24,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as runtime
 from torch.utils.checkpoint import checkpoint
 
+from pipetutor.batch import batch_arithmetic
 from pipetutor.engine import After, Before, Instruction, engine_config
 from pipetutor.layers import join_layers, layer_names
-from pipetutor.preflight import batch_arithmetic
-from pipetutor.schedules import SCHEDULES
+from pipetutor.schedules import build
 
 COMPUTE = {
     "ForwardPass": runtime.FORWARD,
@@ -33,47 +35,27 @@ COMPUTE = {
     "BackwardInput": runtime.BACKWARD_INPUT,
     "BackwardWeight": runtime.BACKWARD_WEIGHT,
 }
-BATCH = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 IMAGE = (3, 224, 224)
 
 
 def build_optimizer(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer that DeepSpeed would build from the same config, with ``pipetutor.engine``'s defaults.
+    """Build the optimizer that ``pipetutor.engine`` has DeepSpeed build from the same config.
 
     Args:
         config: a whole DeepSpeed config.
         parameters: of this rank.
 
     Raises:
-        ValueError: the config asks for what only DeepSpeed's engine does.
+        ValueError: it is not torch's Adam, AdamW or SGD.
     """
-    config = engine_config(config, stages=1)
-    known = BATCH | {"optimizer", "steps_per_print", "gradient_clipping"}
-    for key, value in config.items():
-        if (key not in known and value not in (None, False, {}, {"enabled": False})) or (
-            key == "gradient_clipping" and value
-        ):
-            raise ValueError(f"{key} is DeepSpeed's own, and a pipeline of torch does without it: leave it out")
-    kind = config["optimizer"]["type"].lower()
-    params = dict(config["optimizer"].get("params", {}))
+    optimizer = engine_config(config, stages=1)["optimizer"]
+    kind, params = optimizer["type"].lower(), dict(optimizer.get("params", {}))
     if kind == "sgd":
         return torch.optim.SGD(parameters, **params)
     if kind not in ("adam", "adamw") or not params.pop("torch_adam"):
-        raise ValueError(f"a pipeline of torch trains with torch's Adam, AdamW or SGD, not {config['optimizer']}")
+        raise ValueError(f"a pipeline of torch trains with torch's Adam, AdamW or SGD, not with {optimizer}")
     decoupled = params.pop("adam_w_mode", True) or kind == "adamw"
     return (torch.optim.AdamW if decoupled else torch.optim.Adam)(parameters, **params)
-
-
-def _actions(schedule: str, ranks: int, micro_batches: int, chunks: int) -> dict[int, list[runtime._Action | None]]:
-    """Return every rank's computations, as the runtime names them."""
-    return {
-        rank: [
-            runtime._Action(step.stage, COMPUTE[step.name], step.micro_batch)
-            for step in SCHEDULES[schedule](ranks, micro_batches, rank, chunks=chunks)
-            if step.name in COMPUTE
-        ]
-        for rank in range(ranks)
-    }
 
 
 def _boundaries(layers: Sequence[nn.Module], bounds: Sequence[int], images: Sequence[int]) -> list[torch.Tensor]:
@@ -157,8 +139,6 @@ class _Stage(PipelineStage):
         """Compute gradients: of weights and input, or of the input alone."""
         with self._watch("BackwardPass" if full_backward else "BackwardInput", self.stage_index, bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-            # A mean is differentiated into a view of one number, which cannot be sent.
-            self.bwd_cache[bwd_chunk_id] = tuple(g and g.contiguous() for g in self.bwd_cache[bwd_chunk_id])
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Compute the gradients of weights that ``BackwardInput`` left out."""
@@ -167,26 +147,48 @@ class _Stage(PipelineStage):
 
 
 class _Receives(dict[tuple[int, int], list[dist.Work]]):
-    """Messages under way by (stage, micro-batch). The runtime takes one out to wait for it; here that is observed."""
+    """Messages under way, by stage and micro-batch: the runtime takes one out to wait for it."""
 
-    def __init__(self, watch: _Watch, name: str, ranks: int, towards: int):
+    def __init__(self, wait: Callable[[int, int, list[dist.Work]], None]):
         super().__init__()
-        self._watch, self._name, self._ranks, self._towards = watch, name, ranks, towards
+        self._wait = wait
 
     def pop(self, key: tuple[int, int]) -> list[dist.Work]:  # type: ignore[override]
-        """Wait for a message; nothing of it is left to wait for."""
-        stage, number = key
-        with self._watch(self._name, stage, number, [(stage + self._towards) % self._ranks]):
-            for work in super().pop(key):
-                work.wait()
+        """Wait for a message; nothing is left to wait for."""
+        self._wait(*key, super().pop(key))
         return []
 
 
-class _Recomputed(nn.Sequential):
-    """Layers that keep their input alone, and compute what lies between once more for the backward pass."""
+@contextmanager
+def _without_effect(module: nn.Module) -> Iterator[None]:
+    """Take back what is done to the module's buffers."""
+    owners = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
+    for owner, buffers in owners:
+        owner._buffers.update(copy.deepcopy(buffers))
+    try:
+        yield
+    finally:
+        for owner, buffers in owners:
+            owner._buffers.update(buffers)
+
+
+class _Layers(nn.Sequential):
+    """The layers of a stage, which may keep their input alone and compute the rest once more to go backward."""
+
+    def __init__(self, layers: Sequence[nn.Module], recompute: bool):
+        super().__init__(*layers)
+        self._recompute = recompute
+
+    def _contexts(self) -> tuple[Any, Any]:
+        return nullcontext(), _without_effect(self)  # running statistics take in a micro-batch once
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return checkpoint(super().forward, input, use_reentrant=False)
+        """Compute the stage's output, which is no view: a split backward pass detaches it in place."""
+        if self._recompute:
+            output = checkpoint(super().forward, input, use_reentrant=False, context_fn=self._contexts)
+        else:
+            output = super().forward(input)
+        return output.clone() if output._is_view() else output
 
 
 class TorchPipeline:
@@ -203,7 +205,7 @@ class TorchPipeline:
         image: channels, height and width.
 
     Raises:
-        ValueError: the config asks for what only DeepSpeed's engine does, or stages and ranks do not fit.
+        ValueError: the optimizer, stages and ranks, or schedule and ``recompute`` do not fit.
 
     >>> engine = TorchPipeline(model, "gpipe", [0, 16, 22], read_config(None))  # doctest: +SKIP
     >>> loss = engine.train_batch(micro_batches)  # doctest: +SKIP
@@ -224,6 +226,11 @@ class TorchPipeline:
         self._last = len(bounds) - 2
         if (self._last + 1) % self._ranks:
             raise ValueError(f"{self._last + 1} stages cannot be shared evenly by {self._ranks} ranks")
+        if recompute and schedule == "zero_bubble":
+            raise ValueError(
+                "zero_bubble cannot recompute: each weight's gradient is computed by itself, and each of them would "
+                "compute the whole stage once more; use 1f1b, or leave recompute out"
+            )
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self._batch = batch_arithmetic(config, replicas=1)
         self._watch = _Watch()
@@ -237,8 +244,9 @@ class TorchPipeline:
             held = slice(bounds[stage], bounds[stage + 1])
             self._layers += zip(names[held], layers[held], strict=True)
             if stage and hasattr(layers[held][0], "inplace"):
-                layers[held][0].inplace = False  # what was received gets a gradient, and must be kept for it
-            module = (_Recomputed if recompute else nn.Sequential)(*layers[held])
+                # What was received gets a gradient, and must be kept for it.
+                layers[held][0].inplace = False  # type: ignore[assignment]
+            module = _Layers(layers[held], recompute)
             about = (module, stage, self._last + 1, self.device, passed[stage], passed[stage + 1])
             self._stages[stage] = _Stage(self._source, self._watch, self._batch.accumulation, *about)
         parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]
@@ -247,37 +255,42 @@ class TorchPipeline:
         self._runtime = self._prepare(schedule)
 
     def _prepare(self, schedule: str) -> Any:
-        chunks = len(self._stages)
+        streams = build(schedule, self._ranks, self._batch.accumulation, len(self._stages))
+        orders: dict[int, list[runtime._Action | None]] = {
+            rank: [runtime._Action(i.stage, COMPUTE[i.name], i.micro_batch) for i in stream if i.name in COMPUTE]
+            for rank, stream in enumerate(streams)
+        }
         executor = runtime._PipelineScheduleRuntime(
             list(self._stages.values()),
             self._batch.accumulation,
             loss_fn=lambda loss, _: loss,  # the last stage's output is the loss already
             scale_grads=False,
         )
-        executor._prepare_schedule_with_comms(_actions(schedule, self._ranks, self._batch.accumulation, chunks))
-        executor.fwd_recv_ops = _Receives(self._watch, "RecvActivation", self._ranks, -1)
-        executor.bwd_recv_ops = _Receives(self._watch, "RecvGrad", self._ranks, 1)
+        executor._prepare_schedule_with_comms(orders)
+        executor.fwd_recv_ops = _Receives(partial(self._wait, "RecvActivation", -1))
+        executor.bwd_recv_ops = _Receives(partial(self._wait, "RecvGrad", 1))
         sends = {runtime.SEND_F: self._send, runtime.SEND_B: self._send}
         waits = {runtime.WAIT_SEND_F: self._wait_for_send, runtime.WAIT_SEND_B: self._wait_for_send}
         executor._comp_type_to_function_map |= sends | waits
         return executor
 
+    def _wait(self, name: str, towards: int, stage: int, number: int | None, works: Sequence[dist.Work]) -> None:
+        with self._watch(name, stage, number, [(stage + towards) % self._ranks]):
+            for work in works:
+                work.wait()
+
     def _send(self, action: runtime._Action, _: Any) -> None:
-        stage, kind, number, _ = action
-        forward = kind == runtime.SEND_F
-        ops = (self._stages[stage].get_fwd_send_ops if forward else self._stages[stage].get_bwd_send_ops)(number)
+        stage, number = self._stages[action.stage_index], action.microbatch_index
+        forward = action.computation_type == runtime.SEND_F
+        ops = (stage.get_fwd_send_ops if forward else stage.get_bwd_send_ops)(number)
         wait = runtime.WAIT_SEND_F if forward else runtime.WAIT_SEND_B
-        self._sending[runtime._Action(stage, wait, number)] = ops, runtime._batch_p2p(ops)
+        self._sending[action._replace(computation_type=wait)] = ops, runtime._batch_p2p(ops)
 
     def _wait_for_send(self, action: runtime._Action, _: Any) -> None:
         stage, kind, number, _ = action
         forward = kind == runtime.WAIT_SEND_F
-        peer = (stage + (1 if forward else -1)) % self._ranks
-        _, works = self._sending[action]
-        with self._watch("SendActivation" if forward else "SendGrad", stage, number, [peer]):
-            for work in works:
-                work.wait()
-        del self._sending[action]
+        _, works = self._sending.pop(action)
+        self._wait(*(("SendActivation", 1) if forward else ("SendGrad", -1)), stage, number, works)
         if forward:
             self._stages[stage].release_fwd_send_outputs(number)
 
@@ -308,7 +321,7 @@ class TorchPipeline:
         source = self._last % self._ranks
         others = [rank for rank in range(self._ranks) if rank != self.stage_id]
         with self._watch("AggregateLoss", self.stage_id, None, others if self.is_last_stage() else [source]):
-            loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+            loss = torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
             dist.broadcast(loss, source)
         return loss
 

@@ -110,6 +110,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         engine=args.engine,
         schedule=args.schedule,
         chunks=args.chunks,
+        recompute=args.recompute,
     )
 
 

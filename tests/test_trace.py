@@ -65,13 +65,13 @@ def test_who_waits_for_whom(runs):
 
     The account adds up to the step as the run itself has timed it, and hardly any of it is left unexplained.
     """
-    fault = ["--fault", "slow:rank=0,step=1,seconds=0.5"]
-    run = train(runs, "-s", 1, "--trace", *fault, *MODEL, stages=2)
-    first, second = trace.load(run).steps[0].timeline.accounting()
+    fault = ["--fault", "slow:rank=0,step=2,seconds=0.5"]
+    run = train(runs, "-s", 2, "--trace", *fault, *MODEL, stages=2)
+    first, second = trace.load(run).steps[1].timeline.accounting()
     assert first["waiting"] < 0.3 < 1.0 < second["waiting"]
     assert second["transfer"] < 0.3 and first["compute"] > 2
     for account in (first, second):
-        assert sum(account.values()) == pytest.approx(run.seconds[0], rel=0.02) and account["other"] < 0.1
+        assert sum(account.values()) == pytest.approx(run.seconds[1], rel=0.02) and account["other"] < 0.1
 
 
 def test_a_data_parallel_step_is_traced_too(runs):
