@@ -25,7 +25,7 @@ def say(line: str) -> None:
 
 
 class PipelineModule(deepspeed.pipe.PipelineModule):
-    """DeepSpeed's ``PipelineModule``, which takes bounds such as ``0,16,22``, too, and lets go of other stages' layers.
+    """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22``, and lets other stages' layers go.
 
     DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model.
     """

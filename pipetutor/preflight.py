@@ -242,3 +242,6 @@ def _check_torch_runs(stages: int, batch: Batch, config: dict[str, Any], others:
     for name in (*config, *(name for name, value in others.items() if value is not None)):
         if name not in known:
             raise ValueError(f"engine 'torch' does not know {name}: leave it out, or use engine='deepspeed'")
+    kind, params = config["optimizer"].get("type", ""), config["optimizer"].get("params", {})
+    if str(kind).lower() not in ("adam", "adamw", "sgd") or not params.get("torch_adam", True):
+        raise ValueError(f"engine 'torch' trains with torch's Adam, AdamW or SGD, not with {kind!r} and {params}")

@@ -9,9 +9,8 @@ The runtime is private in torch 2.15 (``_PipelineScheduleRuntime``), and this is
 Sends and receives run in the background, on gloo's own thread; a rank waits for a message only where it needs it.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,11 +21,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as runtime
-from torch.utils.checkpoint import checkpoint
 
 from pipetutor.batch import batch_arithmetic
 from pipetutor.engine import After, Before, Instruction, engine_config
 from pipetutor.layers import join_layers, layer_names
+from pipetutor.recompute import StageLayers
 from pipetutor.schedules import build
 
 COMPUTE = {
@@ -159,38 +158,6 @@ class _Receives(dict[tuple[int, int], list[dist.Work]]):
         return []
 
 
-@contextmanager
-def _without_effect(module: nn.Module) -> Iterator[None]:
-    """Take back what is done to the module's buffers."""
-    owners = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
-    for owner, buffers in owners:
-        owner._buffers.update(copy.deepcopy(buffers))
-    try:
-        yield
-    finally:
-        for owner, buffers in owners:
-            owner._buffers.update(buffers)
-
-
-class _Layers(nn.Sequential):
-    """The layers of a stage, which may keep their input alone and compute the rest once more to go backward."""
-
-    def __init__(self, layers: Sequence[nn.Module], recompute: bool):
-        super().__init__(*layers)
-        self._recompute = recompute
-
-    def _contexts(self) -> tuple[Any, Any]:
-        return nullcontext(), _without_effect(self)  # running statistics take in a micro-batch once
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Compute the stage's output, which is no view: a split backward pass detaches it in place."""
-        if self._recompute:
-            output = checkpoint(super().forward, input, use_reentrant=False, context_fn=self._contexts)
-        else:
-            output = super().forward(input)
-        return output.clone() if output._is_view() else output
-
-
 class TorchPipeline:
     """One rank of a pipeline; to ``pipetutor.loop`` it looks like DeepSpeed's engine.
 
@@ -246,7 +213,7 @@ class TorchPipeline:
             if stage and hasattr(layers[held][0], "inplace"):
                 # What was received gets a gradient, and must be kept for it.
                 layers[held][0].inplace = False  # type: ignore[assignment]
-            module = _Layers(layers[held], recompute)
+            module = StageLayers(layers[held], recompute)
             about = (module, stage, self._last + 1, self.device, passed[stage], passed[stage + 1])
             self._stages[stage] = _Stage(self._source, self._watch, self._batch.accumulation, *about)
         parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]

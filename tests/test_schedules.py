@@ -282,8 +282,18 @@ def test_streams_without_a_pass_are_refused():
             check(streams)
 
 
-def test_reductions_come_in_order():
-    streams = full(1, 1)
-    streams[0][-3:-1] = streams[0][-2:-4:-1]
-    with pytest.raises(ScheduleError, match="in this order"):
+@pytest.mark.parametrize("order", [(0, 1, 2, 4, 3, 5), (0, 1, 3, 4, 2, 5)])
+def test_reductions_come_in_order_after_the_passes(order):
+    (stream,) = full(1, 1)
+    with pytest.raises(
+        ScheduleError, match="rank 0: ReduceTiedGrads, ReduceGrads, OptimizerStep end a step, in this"
+    ):
+        check([[stream[number] for number in order]])
+
+
+def test_an_instruction_on_another_rank_is_found():
+    streams = build("gpipe", 2, 2)
+    streams[1].insert(0, streams[0].pop(0))
+    streams[0].insert(0, streams[1].pop(1))
+    with pytest.raises(ScheduleError, match="0: ForwardPass 0 of stage 1, but of 2 ranks, rank 1 holds stage 1"):
         check(streams)

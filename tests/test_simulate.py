@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipetutor import simulate as module
-from pipetutor.schedules import SCHEDULES, STEP, ScheduleError, build, check, closed_form, deepspeed_1f1b, one_f_one_b
+from pipetutor.schedules import (
+    SCHEDULES,
+    STEP,
+    Instruction,
+    ScheduleError,
+    build,
+    check,
+    closed_form,
+    deepspeed_1f1b,
+    one_f_one_b,
+)
 from pipetutor.simulate import Costs, peak_live, simulate
 from pipetutor.timeline import KINDS, SPAN
 
@@ -218,10 +228,8 @@ def test_no_step_is_shorter_than_its_work_or_its_longest_path(case):
     assert timeline.seconds >= max(longest, path) * (1 - 1e-12)
 
 
-@repeatable
-@given(cases())
-def test_spans_follow_each_other_and_every_input_is_there(case):
-    streams, costs = case
+def assert_sound(streams, costs):
+    """A rank's spans follow each other without a gap, and begin when their input is there."""
     timeline, ranks, last = simulate(streams, costs), len(streams), len(costs.forward) - 1
     assert timeline.spans.dtype == SPAN
     split = any(i.name == "BackwardInput" for i in streams[0])
@@ -264,6 +272,21 @@ def test_spans_follow_each_other_and_every_input_is_there(case):
 
 
 @repeatable
+@given(cases())
+def test_every_step_is_sound(case):
+    assert_sound(*case)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_messages_between_chunks(ranks):
+    """From the last rank to the first a message takes its time, too; within a rank there is none."""
+    costs = dataclasses.replace(Costs.equal(2 * ranks), latency=5.0)
+    streams = build("interleaved_1f1b", ranks, 2 * ranks, 2)
+    assert_sound(streams, costs)
+    assert simulate(streams, costs).seconds == 12 if ranks == 1 else simulate(streams, costs).bubble > 0.5
+
+
+@repeatable
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 5), st.integers(1, 8), st.floats(0.1, 10))
 def test_more_micro_batches_never_make_a_larger_bubble(schedule, ranks, micro_batches, backward):
     step, chunks = (ranks, 2) if schedule == "interleaved_1f1b" else (1, 1)
@@ -298,11 +321,37 @@ def test_what_cannot_be_played_is_refused_as_the_checker_refuses_it(case, data):
         simulate(streams, costs)
 
 
-@pytest.mark.parametrize("change", [{"stage": -1}, {"micro_batch": -1}, {"micro_batch": None}, {"stage": 1}])
-def test_an_instruction_that_does_not_belong_is_refused(change):
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("change", [{"stage": -1}, {"micro_batch": -1}, {"micro_batch": None}, {"name": "Forward"}])
+def test_an_instruction_that_does_not_belong_is_refused(change, rank):
     streams = build("gpipe", 2, 2)
-    streams[0][1] = streams[0][1]._replace(**change)
-    with pytest.raises(ScheduleError, match="rank 0, instruction 1"):
+    streams[rank][1] = streams[rank][1]._replace(**change)
+    with pytest.raises(ScheduleError, match=f"rank {rank}, instruction 1"):
+        simulate(streams, Costs.equal(2))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [Instruction("AggregateLoss", 0, None), Instruction("LoadMicroBatch", 0, 2), Instruction("SendGrad", 0, 0)],
+)
+def test_an_instruction_too_many_is_refused(extra):
+    streams = full(2, 2)
+    streams[0].insert(0, extra)
+    with pytest.raises(ScheduleError):
+        simulate(streams, Costs.equal(2))
+
+
+def test_what_is_there_twice_is_refused():
+    streams = build("gpipe", 2, 2)
+    streams[0].insert(0, streams[0][0])
+    with pytest.raises(ScheduleError, match="twice"):
+        simulate(streams, Costs.equal(2))
+
+
+def test_an_instruction_on_another_rank_is_refused():
+    streams = build("gpipe", 2, 2)
+    streams[0][0], streams[1][0] = streams[1][0], streams[0][0]
+    with pytest.raises(ScheduleError, match="of 2 ranks, rank 1 holds stage 1"):
         simulate(streams, Costs.equal(2))
 
 
