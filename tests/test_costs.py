@@ -199,6 +199,7 @@ def test_a_model_that_does_not_fit_is_refused(runs, monkeypatch):
 def test_a_measurement(runs):
     found = measure(micro_batch=1, dropout=0, runs_dir=runs)
     assert LayerCosts.load(found.directory) == found
+    assert found.layers[0].kept == ((0, found.input_bytes),)
     assert (found.model, found.micro_batch, found.ranks, found.input_bytes) == ("alexnet", 1, 2, 3 * 4 * 224 * 224)
     assert records.read(found.directory)["status"] == "finished"
     weighted = [layer for layer in found.layers if layer.parameters]

@@ -280,10 +280,12 @@ def test_every_step_is_sound(case):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_messages_between_chunks(ranks):
     """From the last rank to the first a message takes its time, too; within a rank there is none."""
-    costs = dataclasses.replace(Costs.equal(2 * ranks), latency=5.0)
+    costs = dataclasses.replace(
+        Costs.equal(2 * ranks), latency=4.0, message_bytes=(10,) * (2 * ranks - 1), bandwidth=10
+    )
     streams = build("interleaved_1f1b", ranks, 2 * ranks, 2)
     assert_sound(streams, costs)
-    assert simulate(streams, costs).seconds == 12 if ranks == 1 else simulate(streams, costs).bubble > 0.5
+    assert (simulate(streams, costs).bubble > 0) == (ranks > 1)
 
 
 @repeatable
