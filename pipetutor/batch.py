@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pipetutor.bubble import FORMULAS, idle_share
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -63,16 +65,18 @@ def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
     return nearest
 
 
-def explain(config: dict[str, Any], stages: int, replicas: int = 1) -> str:
+def explain(config: dict[str, Any], stages: int, replicas: int = 1, schedule: str = "1f1b", chunks: int = 1) -> str:
     """Explain the batch arithmetic with a run's own numbers, as ``launch`` and the command line print it.
 
     Args:
         config: a whole DeepSpeed config, from ``read_config``.
         stages: pipeline stages P; 0 for the data-parallel baseline.
         replicas: data-parallel copies.
+        schedule: a name of ``pipetutor.schedules.SCHEDULES``.
+        chunks: stages of the model on each rank.
 
     Raises:
-        ValueError: see ``batch_arithmetic``.
+        ValueError: see ``batch_arithmetic`` and ``pipetutor.bubble.idle_share``.
 
     >>> print(explain(read_config(None), stages=2, replicas=2))
     train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas
@@ -84,9 +88,9 @@ def explain(config: dict[str, Any], stages: int, replicas: int = 1) -> str:
     m = batch.accumulation
     lines = [str(batch), f"gradient accumulation {m} = {batch.train} / ({batch.micro} x {replicas}): {whose}"]
     if stages:
-        idle, parts = stages - 1, m + stages - 1
+        idle, slots = idle_share(schedule, stages, m, chunks)
         lines.append(
-            f"P = {stages}, M = {m}: stages of equal work idle (P-1)/(M+P-1) = {idle}/{parts} = "
-            f"{100 * idle / parts:.1f} % of each step"
+            f"P = {stages}, M = {m}: stages of equal work idle {FORMULAS[schedule]} = {idle}/{slots} = "
+            f"{100 * idle / slots:.1f} % of each step"
         )
     return "\n".join(lines)

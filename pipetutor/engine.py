@@ -33,7 +33,8 @@ class PipelineModule(deepspeed.pipe.PipelineModule):
     def _build(self) -> None:
         super()._build()
         held = range(self._local_start, self._local_stop)
-        self._layer_specs = [spec if index in held else None for index, spec in enumerate(self._layer_specs)]
+        specs: list[Any] = self._layer_specs
+        self._layer_specs = [spec if index in held else None for index, spec in enumerate(specs)]
 
     def _partition_layers(self, method: str = "uniform") -> None:
         if method[0].isdigit():

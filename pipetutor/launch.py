@@ -163,7 +163,8 @@ def launch(
         records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
-    for line in filter(None, [explain(whole_config, stages, replicas), plan.notice, shlex.join(command)]):
+    explained = explain(whole_config, stages, replicas, schedule, chunks)
+    for line in filter(None, [explained, plan.notice, shlex.join(command)]):
         print(line)
     lines = directory / records.STEPS
     report = watch(command, directory, ranks, deadline, lines, steps - plan.done, "steps", _brief)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipetutor import checkpoint
 from pipetutor.batch import Batch, batch_arithmetic, natural
+from pipetutor.bubble import idle_share
 from pipetutor.config import OBJECTS
 from pipetutor.faults import Fault
 from pipetutor.partition import METHODS, bounds_for, catalog
@@ -203,6 +204,7 @@ def preflight(
             stages, batch, config, {"eval_every": eval_every, "save_every": save_every, "resume": resume}
         )
         build(schedule, stages, batch.accumulation, chunks)  # refuses numbers that it cannot order
+        idle_share(schedule, stages, batch.accumulation, chunks)
     notice = ""
     if backend is None and 0 < gpus < local_ranks:
         notice = f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"

@@ -11,7 +11,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from pipetutor.schedules import LETTERS, PARTNERS, STEP, Form, Instruction, check
+from pipetutor.rules import LETTERS, Form, check
+from pipetutor.schedules import PARTNERS, STEP, Instruction
 from pipetutor.timeline import CODE, KINDS, SPAN, Timeline
 
 NONE = -1
@@ -29,7 +30,8 @@ class Costs:
         message_bytes: between stage s and s + 1, in either direction, one less than stages; () for nothing.
         latency: seconds of a message of 0 bytes.
         bandwidth: bytes a second.
-        load: seconds of a ``LoadMicroBatch``.
+        load: seconds to load a micro-batch, for each stage; () for nothing. It is part of the forward pass where a
+            stream does not name it.
         optimizer: seconds of an ``OptimizerStep``, for each stage; () for nothing.
         all_reduce: seconds of a ``ReduceGrads``, for each stage; () for nothing.
 
@@ -47,13 +49,13 @@ class Costs:
     message_bytes: Sequence[float] = ()
     latency: float = 0.0
     bandwidth: float = math.inf
-    load: float = 0.0
+    load: Sequence[float] = ()
     optimizer: Sequence[float] = ()
     all_reduce: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
-        for name in ("backward_input", "backward_weight", "activation_bytes", "optimizer", "all_reduce"):
+        for name in ("backward_input", "backward_weight", "activation_bytes", "load", "optimizer", "all_reduce"):
             given = len(getattr(self, name))
             if given != stages and (given or name.startswith("backward")):
                 raise ValueError(f"{name} has {given} numbers, forward has {stages}: give one for each stage")
@@ -82,7 +84,7 @@ class Costs:
         """Return the seconds from sending to arrival between stage ``boundary`` and the next."""
         return self.latency + (self.message_bytes[boundary] / self.bandwidth if self.message_bytes else 0.0)
 
-    def seconds(self, ranks: int) -> np.ndarray:
+    def seconds(self, ranks: int, full: bool) -> np.ndarray:
         """Return the cost of each instruction: a row for each of ``KINDS``, a column for each stage.
 
         What concerns the whole step is the rank's business: in the column of its first stage stands the sum
@@ -93,7 +95,8 @@ class Costs:
         table[CODE["BackwardInput"]] = self.backward_input
         table[CODE["BackwardWeight"]] = self.backward_weight
         table[CODE["BackwardPass"]] = np.add(self.backward_input, self.backward_weight)
-        table[CODE["LoadMicroBatch"]] = self.load
+        if self.load:
+            table[CODE["LoadMicroBatch" if full else "ForwardPass"]] += self.load
         for name, costs in (("OptimizerStep", self.optimizer), ("ReduceGrads", self.all_reduce)):
             for stage, cost in enumerate(costs):
                 table[CODE[name], stage % ranks] += cost
@@ -118,22 +121,14 @@ class _Program(NamedTuple):
     @classmethod
     def of(cls, streams: Iterable[Iterable[Instruction]]) -> "_Program":
         number = dict(CODE)
-        columns = [np.zeros((3, 0), np.int32)]
-        for stream in streams:
-            names, stages, micro_batches = tuple(zip(*stream, strict=True)) or ((), (), ())
-            columns.append(
-                np.array(
-                    [
-                        [number.setdefault(name, len(number)) for name in names],
-                        stages,
-                        [NONE if m is None else m for m in micro_batches],
-                    ],
-                    dtype=np.int32,
-                )
-            )
-        lengths = [column.shape[1] for column in columns[1:]]
+        row = np.dtype((np.int32, 3))
+        tables = [np.zeros(0, row)]
+        for stream in streams:  # one instruction at a time: kept, millions of them would keep Python's collector busy
+            rows = ((number.setdefault(n, len(number)), s, NONE if m is None else m) for n, s, m in stream)
+            tables.append(np.fromiter(rows, row))
+        lengths = [len(table) for table in tables[1:]]
         rank = np.repeat(np.arange(len(lengths)), lengths)
-        return cls(list(number), np.cumsum([0, *lengths]), rank, *np.concatenate(columns, axis=1))
+        return cls(list(number), np.cumsum([0, *lengths]), rank, *np.concatenate(tables).T)
 
     def refuse(self) -> NoReturn:
         """Let the checker say what is wrong."""
@@ -187,7 +182,7 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     """Play a schedule.
 
     In a full stream a send and its receive meet: both end a message's time after the later of the two began,
-    and the earlier one waits. In a compute stream loads and transfers happen in the background: a result is
+    and the earlier one waits. In a compute stream transfers happen in the background: a result is
     at the neighbour a message's time after it was made, and a rank that has nothing else to do until then
     waits in a span ``RecvActivation`` or ``RecvGrad``. A rank that ends early waits in ``AggregateLoss``.
 
@@ -211,7 +206,7 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     if len(costs.forward) != form.stages:
         raise ValueError(f"costs for {len(costs.forward)} stages, but the schedule has {form.stages}: give as many")
     need, travel, partner = program.links(form, costs)
-    cost = costs.seconds(form.ranks)[program.code, program.stage]
+    cost = costs.seconds(form.ranks, form.full)[program.code, program.stage]
     begin, start = np.zeros(len(cost)), np.zeros(len(cost))
     # NaN: not yet. The last place, NONE, is what needs nothing: it ended before everything.
     end = np.full(len(cost) + 1, np.nan)

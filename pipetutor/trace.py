@@ -23,15 +23,8 @@ import numpy as np
 
 from pipetutor.clock import CudaClock, HostClock, clock_offset
 from pipetutor.records import Run, append, read_lines
+from pipetutor.schedules import PARTNERS
 from pipetutor.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
-
-# An instruction, its partner, and in which direction of the stages the partner's rank is.
-PARTNERS = {
-    "SendActivation": ("RecvActivation", 1),
-    "RecvActivation": ("SendActivation", -1),
-    "SendGrad": ("RecvGrad", -1),
-    "RecvGrad": ("SendGrad", 1),
-}
 
 
 class Recorder:
@@ -200,7 +193,7 @@ def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
 def _group(span: np.ndarray) -> tuple[int, int]:
     """Return what the ranks of one collective have in common: replicas of a stage reduce, stages share a loss."""
     reduces = KINDS[span["kind"]] == "ReduceGrads"
-    return span["kind"], span["stage"] if reduces else -1
+    return int(span["kind"]), int(span["stage"]) if reduces else -1
 
 
 def write_chrome(directory: Path) -> Path:

@@ -254,7 +254,7 @@ def main() -> None:
         deepspeed.init_distributed(dist_backend=plan.backend)
         if plan.backend == "nccl":
             torch.cuda.set_device(args.local_rank)
-        say(explain(read_config(args.deepspeed_config), stages, plan.batch.replicas))
+        say(explain(read_config(args.deepspeed_config), stages, plan.batch.replicas, args.schedule, args.chunks))
         if plan.notice:
             say(plan.notice)
         if args.run_dir and rank == 0:

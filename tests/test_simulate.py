@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipetutor import simulate as module
+from pipetutor.bubble import closed_form
+from pipetutor.rules import ScheduleError, check
 from pipetutor.schedules import (
     SCHEDULES,
     STEP,
     Instruction,
-    ScheduleError,
     build,
-    check,
-    closed_form,
     deepspeed_1f1b,
     one_f_one_b,
 )
@@ -120,7 +119,7 @@ def test_background_transfers_by_hand():
 
 def test_rendezvous_by_hand():
     """As above, but rank 1 also loads, and whoever comes first to an exchange waits in it."""
-    costs = Costs((2, 3), (1, 2), (1, 2), message_bytes=(10,), latency=0.5, bandwidth=20, load=0.25)
+    costs = Costs((2, 3), (1, 2), (1, 2), message_bytes=(10,), latency=0.5, bandwidth=20, load=(0.25, 0.25))
     timeline = simulate(full(2, 1), costs)
     assert rows(timeline, 0) == [
         ("LoadMicroBatch", 0, 0, 0.25, 0),
@@ -202,7 +201,7 @@ def cases(draw):
         message_bytes=each(stages - 1),
         latency=draw(seconds),
         bandwidth=draw(st.sampled_from([0.5, 4.0, float("inf")])),
-        load=draw(seconds),
+        load=each(stages),
         optimizer=each(stages),
         all_reduce=each(stages),
     )
