@@ -30,11 +30,12 @@ class PipelineModule(deepspeed.pipe.PipelineModule):
     DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model.
     """
 
+    _layer_specs: list[Any]
+
     def _build(self) -> None:
         super()._build()
         held = range(self._local_start, self._local_stop)
-        specs: list[Any] = self._layer_specs
-        self._layer_specs = [spec if index in held else None for index, spec in enumerate(specs)]
+        self._layer_specs = [spec if index in held else None for index, spec in enumerate(self._layer_specs)]
 
     def _partition_layers(self, method: str = "uniform") -> None:
         if method[0].isdigit():
