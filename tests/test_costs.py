@@ -1,5 +1,6 @@
 """Costs are what layers take, byte for byte and, as far as a clock can tell, second for second."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from conftest import processes_of
 from torch import nn
 
 from pipetutor import records
-from pipetutor.costs import LayerCost, LayerCosts, look_at_memory, measure, run_micro_batch, weight_shares
+from pipetutor.costs import LayerCost, LayerCosts, measure
 from pipetutor.launch import RunFailed
 from pipetutor.layers import build, join_layers
+from pipetutor.measurement import look_at_memory, run_micro_batch, weight_shares
 
 
 class Naps(torch.autograd.Function):
@@ -139,7 +141,7 @@ def made(**changed):
 
 
 def test_layers_add_up_to_stages():
-    assert made().for_bounds([0, 2, 4]) == {
+    assert dataclasses.asdict(made().for_bounds([0, 2, 4])) == {
         "forward": pytest.approx([1.5 + 1.0, 9.0 + 0.1]),
         "backward_input": [0.25, 11.0],
         "backward_weight": [2.0, 13.0],
@@ -151,10 +153,10 @@ def test_layers_add_up_to_stages():
         "optimizer": pytest.approx([1.0, 5.0]),
         "all_reduce": [0.0, 0.0],
     }
-    assert made().for_bounds([0, 1, 4])["activation_bytes"] == [1000 + 7 + 100, 100 + 150 + 10]
-    assert made().for_bounds([0, 2, 4], micro_batches=4)["backward_weight"] == [2.0 - 0.5 / 4, 13.0 - 3.0 / 4]
+    assert made().for_bounds([0, 1, 4]).activation_bytes == [1000 + 7 + 100, 100 + 150 + 10]
+    assert made().for_bounds([0, 2, 4], micro_batches=4).backward_weight == [2.0 - 0.5 / 4, 13.0 - 3.0 / 4]
     alone = made().for_bounds([0, 4])
-    assert alone["load"] == [0.125] and alone["message_bytes"] == [] and alone["backward_weight"] == [15.0]
+    assert (alone.load, alone.message_bytes, alone.backward_weight) == ([0.125], [], [15.0])
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,8 @@ def assert_sound(streams, costs):
             if not sends and stage > 0:
                 sent = at[name, stage - 1, number][1]
                 assert begin >= sent + message(costs, stage - 1, ranks)
-            assert end == pytest.approx(begin + costs.forward[stage], abs=1e-9)
+            load = costs.load[stage] if costs.load and ("LoadMicroBatch", 0, 0) not in at else 0
+            assert end == pytest.approx(begin + load + costs.forward[stage], abs=1e-9)
         if name == backward:
             assert begin >= at["ForwardPass", stage, number][1]
             if not sends and stage < last:
