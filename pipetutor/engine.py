@@ -124,6 +124,12 @@ def is_pipeline(engine: Any) -> bool:
     return hasattr(engine, "train_batch")
 
 
+def release_inputs(engine: Any) -> None:
+    """Let the last micro-batches of a step go, which DeepSpeed's engine keeps until the next step overwrites them."""
+    if isinstance(engine, PipelineEngine):
+        engine.pipe_buffers["inputs"] = [None] * len(engine.pipe_buffers["inputs"])
+
+
 def replica_of(engine: Any) -> int:
     """Return which data-parallel copy this rank belongs to, from 0 to ``engine.dp_world_size`` - 1."""
     if isinstance(engine, PipelineEngine):

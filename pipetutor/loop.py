@@ -23,7 +23,8 @@ Batches = Iterator[list[torch.Tensor]]
 
 def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> Batches:
     """Pass micro-batches on, refusing a ragged one where it is loaded, before it reaches another rank."""
-    while True:
+
+    def full() -> list[torch.Tensor]:
         end = -1 if lacks_one() else None
         images, labels = (part[:end] for part in next(batches))
         if len(images) != micro_batch:
@@ -31,7 +32,9 @@ def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> 
                 f"ragged micro-batch: {len(images)} images, and every other one has {micro_batch}. A pipeline agrees "
                 "on the shape of its activations once, so what is left at the end of a pass must be dropped"
             )
-        yield [images, labels]
+        return [images, labels]
+
+    return iter(full, None)  # no generator, which would hold on to the last micro-batch
 
 
 class Loop:

@@ -55,6 +55,7 @@ class Recorder:
     def begin(self) -> None:
         """Start recording a step."""
         self._clock.start()
+        self._memory = self._clock.memory()
         self._spans, self._begin = [], self._clock.now()
 
     def before(self, name: str, micro_batch: int | None, stage: int) -> None:
@@ -83,7 +84,8 @@ class Recorder:
         spans, self._spans = self._spans, None
         begin, end = self._seconds(self._begin), self._seconds(self._clock.now())
         times = [(*span[:3], self._seconds(span[3]), self._seconds(span[4]), span[5]) for span in spans]
-        line = {"step": step, "begin": begin, "end": end, "peak": self._clock.peak(), "spans": times}
+        memory = {"memory": self._memory, "peak": self._clock.peak()}
+        line = {"step": step, "begin": begin, "end": end, **memory, "spans": times}
         append(self._path, line)
 
     def _seconds(self, mark: Any) -> float:
@@ -96,11 +98,13 @@ class Step(NamedTuple):
     Attributes:
         number: counted from 1.
         timeline: what every rank did.
-        peaks: the most bytes that each rank had in memory.
+        memory: the bytes that each rank had in memory when it began.
+        peaks: the most that each had since.
     """
 
     number: int
     timeline: Timeline
+    memory: list[int]
     peaks: list[int]
 
 
@@ -150,7 +154,8 @@ def load(run: Run | str | Path) -> Trace:
         spans["waiting"] = _waiting(spans, heads[0]["blocking"])
         begin, end = min(step["begin"] for step in of_ranks), max(step["end"] for step in of_ranks)
         timeline = Timeline(spans, begin, end)
-        steps.append(Step(of_ranks[0]["step"], timeline, [step["peak"] for step in of_ranks]))
+        memory, peaks = ([step[which] for step in of_ranks] for which in ("memory", "peak"))
+        steps.append(Step(of_ranks[0]["step"], timeline, memory, peaks))
     return Trace(heads, steps)
 
 

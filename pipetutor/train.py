@@ -23,7 +23,7 @@ from pipetutor import checkpoint, faults, records
 from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.data import cifar_testset, cifar_trainset
-from pipetutor.engine import data_parallel, pipeline, say
+from pipetutor.engine import data_parallel, pipeline, release_inputs, say
 from pipetutor.fetch import DATA_DIR, DataError
 from pipetutor.heartbeat import Heartbeat
 from pipetutor.launch import free_port
@@ -177,7 +177,13 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
         engine = TorchPipeline(_model(args), args.schedule, bounds, config, args.recompute)
     else:
         engine = pipeline(_model(args), args.pipeline_parallel_size, part, config, args.recompute)
-    Loop(args, engine, recorder).run(lambda micro_batches: engine.train_batch(data_iter=micro_batches))
+
+    def one_step(micro_batches: Iterator[list[torch.Tensor]]) -> torch.Tensor:
+        loss = engine.train_batch(data_iter=micro_batches)
+        release_inputs(engine)
+        return loss
+
+    Loop(args, engine, recorder).run(one_step)
     return engine
 
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 from conftest import processes_of
+from test_launch import wait_until
 from torch import nn
 
 from pipetutor import records
@@ -215,7 +216,7 @@ def test_a_measurement(runs):
     stages = found.for_bounds([0, 16, 22], micro_batches=8)
     whole = found.for_bounds([0, 22], micro_batches=8)
     for name in ("backward_input", "backward_weight", "optimizer"):
-        assert sum(stages[name]) == pytest.approx(whole[name][0])
+        assert sum(getattr(stages, name)) == pytest.approx(getattr(whole, name)[0])
     assert not processes_of(runs.parent)
 
 
@@ -227,15 +228,15 @@ def test_a_measurement_that_fails_says_why(runs):
 
 def test_an_interrupt_leaves_nothing_running(runs):
     runs.parent.mkdir(exist_ok=True)
-    kernel = subprocess.Popen([sys.executable, "-m", "pipetutor.costs", "--runs-dir", str(runs)])
+    kernel = subprocess.Popen(
+        [sys.executable, "-m", "pipetutor.costs", "--runs-dir", str(runs)],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+    )
     try:
-        for _ in range(600):
-            measuring = [p for p in processes_of(runs) if "_work" in " ".join(p.cmdline())]
-            if len(measuring) == 4:  # the supervisor, who has its words too, what it started, and two ranks
-                break
-            time.sleep(0.05)
+        # The supervisor, who has the words of what it started, what it started, and two ranks.
+        wait_until(lambda: sum("pipetutor.measurement" in " ".join(p.cmdline()) for p in processes_of(runs)) == 4, 40)
         kernel.send_signal(signal.SIGINT)
-        assert kernel.wait(20) == 130 and len(measuring) == 4
+        assert kernel.wait(20) == 130
     finally:
         kernel.kill()
         kernel.wait()

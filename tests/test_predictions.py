@@ -1,0 +1,75 @@
+"""The simulator, fed with what was measured, against real runs that the same test makes."""
+
+import statistics
+import time
+
+import pytest
+from conftest import train
+
+from pipetutor import costs, trace
+from pipetutor.schedules import build, deepspeed_1f1b
+from pipetutor.simulate import Costs, simulate
+from pipetutor.timeline import CODE
+
+WITHIN = 0.10
+
+
+def deepspeeds(stages, micro_batches):
+    return [list(deepspeed_1f1b(stages, micro_batches, stage)) for stage in range(stages)]
+
+
+def sleepy_stages():
+    """Every stage takes its own time for a pass, and needs no core for it: four of them on any machine."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    def slower(execute, seconds):
+        def run(self, *args, **kwargs):
+            time.sleep(seconds * (1.5 if self.stage_id == 2 else 1))
+            execute(self, *args, **kwargs)
+
+        return run
+
+    seconds = {"ForwardPass": 0.08, "BackwardPass": 0.16}
+    for kind, execute in PipelineEngine._INSTRUCTION_MAP.items():
+        if kind.__name__ in seconds:
+            PipelineEngine._INSTRUCTION_MAP[kind] = slower(execute, seconds[kind.__name__])
+
+
+def test_four_stages(runs):
+    """The costs of a stage are those of its own passes; what is predicted is how they fall together."""
+    micro_batches = 6
+    config = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}
+    arguments = ["-s", 3, "--trace", "--model", "mobilenet_v3_small", "--dropout", 0]
+    run = train(runs, *arguments, stages=4, config=config, patch=sleepy_stages)
+    timeline = trace.load(run).typical.timeline
+
+    def median(stage, kind):
+        spans = timeline.spans[(timeline.spans["stage"] == stage) & (timeline.spans["kind"] == CODE[kind])]
+        return statistics.median(spans["end"] - spans["begin"])
+
+    forward = [median(stage, "ForwardPass") for stage in range(4)]
+    backward = [median(stage, "BackwardPass") for stage in range(4)]
+    assert min(forward) > 0.08 and min(backward) > 0.16, "the stages did not sleep"
+    theory = simulate(deepspeeds(4, micro_batches), Costs(forward, [0.0] * 4, backward))
+    ratio = theory.seconds / timeline.seconds
+    print(f"\nP = 4: predicted {theory.seconds:.2f} s, measured {timeline.seconds:.2f} s, ratio {ratio:.3f}")
+    assert abs(ratio - 1) < WITHIN
+    assert theory.bubble == pytest.approx(timeline.bubble, abs=0.1)
+
+
+def test_two_stages_of_alexnet(runs):
+    """DeepSpeed's 1F1B and torch's GPipe, from the costs of layers that were measured by themselves."""
+    common = ["-s", 6, "--trace", "--dropout", 0, "--partition", "0,16,22"]
+    config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
+    measured = costs.measure(dropout=0.0, runs_dir=runs / "costs")
+    stage_costs = measured.for_bounds([0, 16, 22], micro_batches=8)
+    for name, streams, flags in (
+        ("1f1b", deepspeeds(2, 8), []),
+        ("gpipe", build("gpipe", 2, 8), ["--engine", "torch", "--schedule", "gpipe"]),
+    ):
+        run = train(runs / name, *common, *flags, stages=2, config=config)
+        timeline = trace.load(run).typical.timeline
+        theory = simulate(streams, stage_costs)
+        ratio = theory.seconds / timeline.seconds
+        print(f"\n{name}: predicted {theory.seconds:.2f} s, measured {timeline.seconds:.2f} s, ratio {ratio:.3f}")
+        assert abs(ratio - 1) < WITHIN, name
