@@ -10,15 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from pipetutor.plots import Picture, plain
+from pipetutor.plots import COLOURS, STYLES, Picture, plain
 from pipetutor.timeline import COLUMNS, KINDS, Timeline
+from pipetutor.trace import Step
 
 # What is drawn: its colour, its texture, and how much of a rank's row it fills.
 LOOKS = {
     "forward": ("#9BD3F5", "", 1.0),
     "backward": ("#D55E00", "", 1.0),
-    "backward, input": ("#D55E00", "", 1.0),
+    "backward, input": ("#E69F00", "", 1.0),
     "backward, weight": ("#F0E442", "....", 1.0),
     "send": ("#009E73", "////", 0.62),
     "receive": ("#CC79A7", "\\\\\\\\", 0.62),
@@ -167,25 +169,50 @@ def accounting(rows: Mapping[str, Timeline]) -> Figure:
     return figure
 
 
-def memory(rows: Mapping[str, Timeline], stages: Sequence[int] | None = None) -> Figure:
-    """Draw each rank's memory over a step, the timelines beside each other on one scale.
+def memory(rows: Mapping[str, Step]) -> Figure:
+    """Draw what each rank keeps beyond what it had when the step began, the steps beside each other on one scale.
 
     Args:
-        rows: a title for each timeline, such as GPipe and 1F1B.
-        stages: the ranks to draw; all of them where it is not given.
+        rows: a title for each traced step, such as GPipe and 1F1B.
     """
     figure = Picture(figsize=(9.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)
-    for axes, (title, timeline) in zip(panels.flat, rows.items(), strict=True):
-        for rank in stages if stages is not None else range(timeline.ranks):
-            spans = timeline.of(rank)
-            times = (spans["end"] - timeline.begin) * 1e3
-            colour, style = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))[rank % 4]
-            axes.step(times, spans["memory"] / 1e6, style, where="post", color=colour, label=f"rank {rank}")
+    for axes, (title, step) in zip(panels.flat, rows.items(), strict=True):
+        for rank, before in enumerate(step.memory):
+            spans = step.timeline.of(rank)
+            times = np.concatenate([[0.0], (spans["end"] - step.timeline.begin) * 1e3])
+            more = np.concatenate([[0.0], (spans["memory"] - before) / 1e6])
+            colour, style = COLOURS[rank % len(COLOURS)], STYLES[rank % len(STYLES)]
+            axes.step(times, more, style, where="post", color=colour, label=f"rank {rank}")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("milliseconds")
-        axes.set_ylim(bottom=0)
         plain(axes)
-    panels[0, 0].set_ylabel("MB")
-    panels[0, 0].legend(frameon=False, fontsize=9)
+    panels[0, 0].set_ylabel("MB, beyond those at the\nbeginning of the step")
+    panels[0, -1].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Draw activations over the number of micro-batches: lines for what is predicted, marks for what was measured.
+
+    Args:
+        predicted: for each name, such as GPipe, bytes for each M.
+        measured: the same names, with the numbers of micro-batches that were run.
+    """
+    figure = Picture(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, line) in enumerate(predicted.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(
+            line.keys(), [v / 1e6 for v in line.values()], STYLES[index % 4], color=colour, label=f"{name}, predicted"
+        )
+        found = measured.get(name, {})
+        megabytes = [v / 1e6 for v in found.values()]
+        axes.scatter(list(found), megabytes, color=colour, marker="os^D"[index % 4], label=f"{name}, measured")
+    axes.set_xlabel("micro-batches M")
+    axes.set_ylabel("MB of activations on rank 0")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=9)
+    plain(axes)
     return figure

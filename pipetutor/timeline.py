@@ -72,6 +72,11 @@ class Timeline:
         """Return the spans of one rank, in order."""
         return self.spans[self.spans["rank"] == rank]
 
+    def durations(self, kind: str) -> np.ndarray:
+        """Return the seconds of each instruction of a kind, such as ``ForwardPass``, without its waiting."""
+        spans = self.spans[self.spans["kind"] == CODE[kind]]
+        return spans["end"] - spans["begin"] - spans["waiting"]
+
     def accounting(self) -> list[dict[str, float]]:
         """Say where each rank's time went.
 
@@ -80,8 +85,7 @@ class Timeline:
             is ``other``, such as the engine's own Python between two instructions.
         """
         rows = []
-        for rank in range(self.ranks):
-            spans = self.of(rank)
+        for spans in np.split(self.spans, np.searchsorted(self.spans["rank"], range(1, self.ranks))):
             row = dict.fromkeys(COLUMNS, 0.0)
             busy = spans["end"] - spans["begin"] - spans["waiting"]
             for code, kind in enumerate(KINDS):
