@@ -199,10 +199,13 @@ def preflight(
         Fault.parse(fault).check(ranks, stages, steps)
     if engine == "deepspeed" and schedule != "1f1b":
         raise ValueError(f"DeepSpeed's engine runs 1f1b, not {schedule}: engine='torch' (--engine torch) runs it")
+    if recompute and not stages:
+        raise ValueError("recompute is for the stages of a pipeline, and stages is 0: leave it out, or use 1 or more")
+    if recompute and schedule == "zero_bubble":
+        raise ValueError("zero_bubble cannot recompute: it would compute a stage once more for each weight; use 1f1b")
     if engine == "torch":
-        _check_torch_runs(
-            stages, batch, config, {"eval_every": eval_every, "save_every": save_every, "resume": resume}
-        )
+        others = {"eval_every": eval_every, "save_every": save_every, "resume": resume}
+        _check_torch_runs(stages, batch, config, others)
         build(schedule, stages, batch.accumulation, chunks)  # refuses numbers that it cannot order
         idle_share(schedule, stages, batch.accumulation, chunks)
     notice = ""

@@ -145,7 +145,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, rank: int, chunks: int = 2)
     """
     require(ranks, micro_batches, rank)
     if chunks < 2:
-        raise ValueError(f"{chunks} chunks on each rank: interleaving needs at least 2; use 1f1b for 1")
+        raise ValueError(f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2, or 1f1b for one")
     if micro_batches % ranks:
         raise ValueError(
             f"{micro_batches} micro-batches are not a multiple of {ranks} ranks, which interleaving needs: "

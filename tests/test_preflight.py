@@ -22,6 +22,11 @@ GOOD = dict(
     backend=None,
     gpus=0,
 )
+TORCH = {"engine": "torch"}
+
+
+def batch(train, micro):
+    return GOOD["config"] | {"train_batch_size": train, "train_micro_batch_size_per_gpu": micro}
 
 
 def test_a_good_run_is_planned():
@@ -60,6 +65,25 @@ def test_a_good_run_is_planned():
         ),
         (dict(config={"train_micro_batch_size_per_gpu": 2001}), ["2001", "2000", "at most 2000"]),
         (dict(backend="mpi"), ["mpi", "gloo"]),
+        (dict(engine="megatron"), ["megatron", "deepspeed, torch"]),
+        (dict(schedule="1f2b"), ["1f2b", "try '1f1b'", "zero_bubble"]),
+        (dict(schedule="gpipe"), ["1f1b, not gpipe", "engine='torch'"]),
+        (dict(chunks=2), ["chunks is 2", "1f1b gives each rank one stage", "interleaved_1f1b"]),
+        (dict(chunks=0), ["chunks is 0", "at least 1"]),
+        (dict(TORCH, schedule="interleaved_1f1b"), ["chunks is 1", "at least 2", "chunks=2"]),
+        (dict(TORCH, schedule="interleaved_1f1b", chunks=5), ["10 stages", "1 to 8"]),
+        (
+            dict(TORCH, schedule="interleaved_1f1b", chunks=2, config=batch(24, 8)),
+            ["3 micro-batches", "multiple of 2 ranks", "use 4"],
+        ),
+        (dict(TORCH, schedule="zero_bubble", config=batch(8, 8)), ["1 micro-batches on 2 ranks", "use 2 or more"]),
+        (dict(TORCH, schedule="zero_bubble", recompute=True), ["cannot recompute", "use 1f1b"]),
+        (dict(stages=0, recompute=True), ["recompute", "stages is 0"]),
+        (dict(TORCH, stages=0), ["at least 1 stage", "baseline"]),
+        (dict(TORCH, ranks=4), ["1 replica, not 2", "engine='deepspeed'"]),
+        (dict(TORCH, eval_every=5), ["does not know eval_every", "engine='deepspeed'"]),
+        (dict(TORCH, config=batch(64, 8) | {"gradient_clipping": 1.0}), ["does not know gradient_clipping"]),
+        (dict(TORCH, config=batch(64, 8) | {"optimizer": {"type": "Lamb"}}), ["Adam, AdamW or SGD", "'Lamb'"]),
         (dict(backend="nccl"), ["2 ranks", "has 0", "gloo"]),
         (dict(backend="nccl", gpus=1), ["2 ranks", "has 1", "at most 1 ranks"]),
         (dict(dropout=1.5), ["1.5", "below 1"]),
@@ -131,6 +155,17 @@ def test_a_dict_is_laid_over_the_default():
     config = read_config({"train_batch_size": 32})
     assert config["train_batch_size"] == 32 and config["optimizer"]["params"]["lr"] == 1e-3
     assert batch_arithmetic(read_config({"gradient_accumulation_steps": 3}), 2) == Batch(48, 8, 3, 2)
+
+
+def test_the_bubble_is_explained_for_each_schedule():
+    config = read_config({"train_batch_size": 64})
+    for schedule, chunks, end in (
+        ("gpipe", 1, "(P-1)/(M+P-1) = 1/9 = 11.1 % of each step"),
+        ("naive", 1, "(P-1)/P = 1/2 = 50.0 % of each step"),
+        ("interleaved_1f1b", 2, "(P-1)/(vM+P-1) = 1/17 = 5.9 % of each step"),
+        ("zero_bubble", 1, "(P-1)/(3M+P-1) = 1/25 = 4.0 % of each step"),
+    ):
+        assert explain(config, 2, 1, schedule, chunks).endswith(end)
 
 
 def test_the_batch_arithmetic_is_explained_with_the_runs_own_numbers():
