@@ -204,7 +204,7 @@ def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[
     for index, (name, line) in enumerate(predicted.items()):
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(
-            line.keys(), [v / 1e6 for v in line.values()], STYLES[index % 4], color=colour, label=f"{name}, predicted"
+            list(line), [v / 1e6 for v in line.values()], STYLES[index % 4], color=colour, label=f"{name}, predicted"
         )
         found = measured.get(name, {})
         megabytes = [v / 1e6 for v in found.values()]
