@@ -26,6 +26,12 @@ from pipetutor.records import Run, append, read_lines
 from pipetutor.schedules import PARTNERS
 from pipetutor.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
 
+# What "waiting" means in a trace, by whether its engine sends and receives with blocking calls.
+WAITING = {
+    True: "until the other end has come to the message; the rest of a Send or Recv is transfer, copies included",
+    False: "until the message has been computed; the rest of a Recv is transfer, and a Send is the wait for its end",
+}
+
 
 class Recorder:
     """Times what one rank does in each step of training.
@@ -245,7 +251,8 @@ def write_chrome(directory: Path) -> Path:
             counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": begin + lasts, "pid": replica}
             events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
     path = directory / "trace.json"
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    about = {"waiting": WAITING[trace.heads[0]["blocking"]], "devices": [head["device"] for head in trace.heads]}
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
     return path
 
 

@@ -233,7 +233,7 @@ def deepspeed(*arguments, cwd, ranks=None, timeout=100):
 def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs):
     done = deepspeed("-p", "2", "--save-every", "1", cwd=runs.parent, ranks=2)
     lines = [line for line in done.stderr.splitlines() if "pipetutor:" in line]
-    assert done.returncode == 2 and len(lines) == 1 and "--save-every needs a place to save to" in lines[0], (
+    assert done.returncode == 2 and len(lines) == 1 and "--save-every needs a place to write to" in lines[0], (
         done.stderr
     )
     assert "Traceback" not in done.stderr + done.stdout

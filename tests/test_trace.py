@@ -104,7 +104,8 @@ def test_clocks_of_two_hosts_are_brought_together(runs):
 def test_chrome_trace(traced):
     """The required keys of the format; arrows that begin and end within slices; every span is there."""
     content = json.loads((traced.directory / "trace.json").read_text())
-    assert content["displayTimeUnit"] == "ms"
+    assert content["displayTimeUnit"] == "ms" and content["otherData"]["devices"] == ["cpu"] * 4
+    assert content["otherData"]["waiting"] == trace.WAITING[True]
     by_phase: dict[str, list[dict]] = {}
     for event in content["traceEvents"]:
         assert {"name", "ph", "pid"} <= event.keys()
