@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+DTYPES = ("fp32", "bf16")
 OBJECTS = {
     "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',
     "scheduler": '{"type": "WarmupLR"}',
@@ -15,16 +16,29 @@ OBJECTS = {
 }
 
 
-def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
+def read_config(config: str | Path | dict[str, Any] | None, dtype: str | None = None) -> dict[str, Any]:
     """Return a whole DeepSpeed config.
 
     Args:
         config: a file's path, taken as it is; a dict, laid key by key over the packaged default; or None,
             the packaged default: train batch 256, micro-batch 8, Adam 1e-3.
+        dtype: one of ``DTYPES``, put above what the config says; None leaves it to the config.
 
     Raises:
+        ValueError: there is no such dtype.
         ValueError: the file is missing, not JSON, or not an object (with file and line), or a key is unknown.
     """
+    whole = _whole(config)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}: use {' or '.join(DTYPES)}")
+        whole = whole | {
+            name: {"enabled": name == dtype} for name in ("bf16", "fp16") if name == dtype or name in whole
+        }
+    return whole
+
+
+def _whole(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
     resources = importlib.resources.files("pipetutor")
     default = json.loads(resources.joinpath("default_config.json").read_text())
     if config is None:
@@ -60,3 +74,8 @@ def read_config(config: str | Path | dict[str, Any] | None) -> dict[str, Any]:
         if key in found and not isinstance(found[key], dict):
             raise ValueError(f"{source}: {key} is {found[key]!r}, but must be an object, as in {example}")
     return whole
+
+
+def dtype_of(config: dict[str, Any]) -> str:
+    """Return in which numbers a config computes: ``fp32``, ``bf16`` or ``fp16``."""
+    return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")

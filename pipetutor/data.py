@@ -12,16 +12,13 @@ import torch.distributed as dist
 import torchvision.transforms as transforms
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional
 
 from pipetutor.fetch import DATA_DIR, FILES, prepare
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 TRANSFORM = transforms.Compose(
-    [
-        transforms.Resize(256),
-        transforms.CenterCrop(224),
-        transforms.ToTensor(),
-        transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
-    ]
+    [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 )
 
 
@@ -125,41 +122,89 @@ class EpochSampler(DistributedSampler[int]):
         return iter(left[self._replica : len(left) // self._replicas * self._replicas : self._replicas])
 
 
+class Pixels(Dataset[Any]):
+    """The images of a data set as they are stored, 8 bits a channel, which ``enlarge`` makes a network's input of."""
+
+    def __init__(self, dataset: Dataset[Any]):
+        self._images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)  # type: ignore[attr-defined]
+        self.targets = dataset.targets  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._images[index], self.targets[index]
+
+
+def enlarge(images: torch.Tensor) -> torch.Tensor:
+    """Do to a whole micro-batch at once what ``TRANSFORM`` does to each image, on its device, to the last bit.
+
+    Args:
+        images: (N, 3, 32, 32), 8-bit.
+
+    Returns:
+        (N, 3, 224, 224), fp32.
+    """
+    images = functional.center_crop(functional.resize(images, [256], antialias=True), [224, 224]).float().div_(255)
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return images.sub_(mean).div_(std)
+
+
 class Labels(Dataset[Any]):
     """The labels of a data set, each in the image's place as well: all that a stage other than the first needs."""
 
     def __init__(self, dataset: Dataset[Any]):
-        self._labels = dataset.targets  # type: ignore[attr-defined]
+        self.targets = dataset.targets  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        return self._labels[index], self._labels[index]
+        return self.targets[index], self.targets[index]
 
 
-def loader(dataset: Dataset[Any], sampler: Any, micro_batch: int, device: torch.device) -> DataLoader[Any]:
-    """Return a loader of full micro-batches, which leaves torch's own random numbers alone.
+class Loader:
+    """Full micro-batches, as a network takes them: on its device and in its dtype.
 
-    Workers load ahead for a GPU only; on a CPU they would take its cores.
+    torch's own random numbers are left alone. Workers load ahead for a GPU only; on a CPU they would take its cores.
 
     Args:
         dataset: (image, label) pairs.
         sampler: the order of their indices.
         micro_batch: images in each micro-batch.
         device: where they are needed.
+        dtype: of the images.
     """
-    cuda = device.type == "cuda"
-    return DataLoader(
-        dataset,
-        batch_size=micro_batch,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=2 if cuda else 0,
-        persistent_workers=cuda,
-        pin_memory=cuda,
-        generator=torch.Generator(),  # else each pass draws from the generator that dropout draws from
-    )
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: Any,
+        micro_batch: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        cuda = device.type == "cuda"
+        self._device, self._dtype = device, dtype
+        self._batches = DataLoader(
+            dataset,
+            batch_size=micro_batch,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=2 if cuda else 0,
+            persistent_workers=cuda,
+            pin_memory=cuda,
+            generator=torch.Generator(),  # else each pass draws from the generator that dropout draws from
+        )
+
+    def _ready(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:
+        images, labels = (part.to(self._device, non_blocking=True) for part in batch)
+        if images.dtype == torch.uint8:
+            images = enlarge(images)
+        return [images.to(self._dtype) if images.is_floating_point() else images, labels]
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        return map(self._ready, self._batches)  # no generator, which would hold on to the last micro-batch
 
 
 def micro_batches(
@@ -170,6 +215,7 @@ def micro_batches(
     seed: int,
     device: torch.device,
     start: Position = Position(),  # noqa: B008 (it cannot change)
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[list[torch.Tensor]]:
     """Return an endless iterator of micro-batches, all of them full.
 
@@ -184,6 +230,7 @@ def micro_batches(
         seed: of the order.
         device: where training happens.
         start: where to begin; at the first pass's first image where it is not given.
+        dtype: of the images.
 
     Returns:
         Yields [images (micro_batch, 3, 224, 224), labels (micro_batch)].
@@ -191,4 +238,4 @@ def micro_batches(
     from deepspeed.utils import RepeatingLoader  # here, so that a notebook can look at data without DeepSpeed
 
     sampler = EpochSampler(dataset, replicas, replica, seed, start)
-    return RepeatingLoader(loader(dataset, sampler, micro_batch, device))
+    return RepeatingLoader(Loader(dataset, sampler, micro_batch, device, dtype))

@@ -38,7 +38,9 @@ def share(size: int, micro_batch: int, replicas: int, replica: int) -> torch.Ten
 
 
 @torch.no_grad()
-def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction], None]) -> dict[str, float]:
+def evaluate(
+    engine: Any, testset: Dataset[Any], before: Callable[[Instruction], None], dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Evaluate the model that the ranks hold; every rank calls this, and every rank gets the result.
 
     Normalisation layers use the running statistics of replica 0, which are those that a checkpoint keeps.
@@ -47,6 +49,7 @@ def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction],
         engine: a DeepSpeed engine, data-parallel or pipeline.
         testset: (image, label) pairs, with all the labels in ``targets``.
         before: called ahead of every instruction; see ``pipetutor.engine.observe``, which does so for pipelines.
+        dtype: in which the engine takes images.
 
     Returns:
         ``correct`` and ``images``, counts; ``accuracy``, their ratio; ``loss``, the mean cross-entropy.
@@ -57,15 +60,15 @@ def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction],
     real, padded = indices < len(labels), indices.clamp(max=len(labels) - 1)
     _share_statistics(engine)
     if is_pipeline(engine):
-        logits = _through_stages(engine, testset, padded)
+        logits = _through_stages(engine, testset, padded, dtype)
     else:
         engine.eval()
         logits = []
         for number, (images, _) in enumerate(
-            data.loader(testset, padded.flatten().tolist(), micro_batch, engine.device)
+            data.Loader(testset, padded.flatten().tolist(), micro_batch, engine.device, dtype)
         ):
             before(Instruction("ForwardPass", number))
-            logits.append(engine.module(images.to(engine.device)))
+            logits.append(engine.module(images))
         engine.train()
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     if logits:
@@ -79,10 +82,12 @@ def evaluate(engine: Any, testset: Dataset[Any], before: Callable[[Instruction],
     return {"correct": int(correct), "images": int(images), "accuracy": correct / images, "loss": loss / images}
 
 
-def _through_stages(engine: Any, testset: Dataset[Any], indices: torch.Tensor) -> list[torch.Tensor]:
+def _through_stages(
+    engine: Any, testset: Dataset[Any], indices: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """Run DeepSpeed's inference schedule; return the logits of each micro-batch on the last stage, else none."""
     source = testset if engine.is_first_stage() else data.Labels(testset)
-    batches = iter(data.loader(source, indices.flatten().tolist(), indices.shape[1], engine.device))
+    batches = iter(data.Loader(source, indices.flatten().tolist(), indices.shape[1], engine.device, dtype))
     # With the loss left out, an output takes the place of a loss: all of them are kept, and one is added to a sum.
     engine.total_loss = None
     logits = engine.eval_batch(batches, compute_loss=False, reduce_output=None, num_micro_batches=len(indices))

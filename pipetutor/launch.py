@@ -55,6 +55,8 @@ def launch(
     save_every: int | None = None,
     resume: str | Path | None = None,
     weights: str | Path | None = None,
+    dtype: str | None = None,
+    transforms: str = "batched",
     engine: str = "deepspeed",
     schedule: str = "1f1b",
     chunks: int = 1,
@@ -85,6 +87,8 @@ def launch(
         save_every: save a checkpoint every so many steps and at the end; the newest two are kept.
         resume: a checkpoint, or a run directory, whose newest is meant; stages and replicas may differ.
         weights: a torchvision ``state_dict`` file to start from.
+        dtype: ``fp32`` or ``bf16``, put above what the config says.
+        transforms: ``batched``: 8-bit images are enlarged a micro-batch at a time; ``pil``: one by one.
         engine: ``deepspeed``, or ``torch`` for ``torch.distributed.pipelining``, which plays every schedule.
         schedule: in which order a rank computes: a name of ``pipetutor.schedules.SCHEDULES``.
         chunks: stages of the model on each rank, for ``interleaved_1f1b``; rank r holds the stages r, r + P, ...
@@ -106,7 +110,7 @@ def launch(
     """
     if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
         raise ValueError(f"replicas is {replicas!r}, but must be a whole number of at least 1: 1, say")
-    whole_config = read_config(config)
+    whole_config = read_config(config, dtype)
     ranks = max(stages, 1) * replicas if isinstance(stages, int) else 1
     plan = preflight(
         ranks=ranks,
@@ -125,6 +129,7 @@ def launch(
         resume=resume,
         weights=weights,
         fault=fault,
+        transforms=transforms,
         engine=engine,
         schedule=schedule,
         chunks=chunks,
@@ -152,6 +157,7 @@ def launch(
             "--resume": resume,
             "--weights": weights,
             "--fault": fault,
+            "--transforms": transforms if transforms != "batched" else None,
             "--engine": engine if engine != "deepspeed" else None,
             "--schedule": schedule if schedule != "1f1b" else None,
             "--chunks": chunks if chunks != 1 else None,

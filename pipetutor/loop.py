@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch.utils.data import Dataset
 
 from pipetutor import checkpoint, data, records
-from pipetutor.config import read_config
+from pipetutor.config import dtype_of, read_config
 from pipetutor.engine import Instruction, is_pipeline, observe, replica_of, say
 from pipetutor.evaluate import evaluate
 from pipetutor.faults import Fault
@@ -19,6 +20,7 @@ from pipetutor.heartbeat import Heartbeat
 from pipetutor.trace import Recorder, write_chrome
 
 Batches = Iterator[list[torch.Tensor]]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> Batches:
@@ -49,7 +51,9 @@ class Loop:
         observe(engine, self._before, self._after)
         self.trainset = data.load(args.dataset, True, args.local_rank, args.data_dir)
         self.size = len(self.trainset)  # type: ignore[arg-type]
-        self.testset = data.load(args.dataset, False, args.local_rank, args.data_dir) if args.eval_every else None
+        testset = data.load(args.dataset, False, args.local_rank, args.data_dir) if args.eval_every else None
+        self.testset = self._images(testset) if testset else None
+        self.dtype = DTYPES[dtype_of(read_config(args.deepspeed_config, args.dtype))]
         self.topology = {"stages": args.pipeline_parallel_size, "replicas": engine.dp_world_size}
         self.step, self.start = 0, data.Position()
         if args.resume:
@@ -57,9 +61,13 @@ class Loop:
         self.done = self.step
         shape = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
         first = not is_pipeline(engine) or engine.is_first_stage()
-        source = self.trainset if first else data.Labels(self.trainset)
-        batches = data.micro_batches(source, *shape, replica_of(engine), args.seed, engine.device, self.start)
+        source = self._images(self.trainset) if first else data.Labels(self.trainset)
+        order = replica_of(engine), args.seed
+        batches = data.micro_batches(source, *shape, *order, engine.device, self.start, self.dtype)
         self.micro_batches = _full(batches, shape[0], self._lacks_one)
+
+    def _images(self, dataset: Dataset[Any]) -> Dataset[Any]:
+        return dataset if self.args.transforms == "pil" else data.Pixels(dataset)
 
     def _before(self, instruction: Instruction) -> None:
         self.heart.before(instruction.name, instruction.micro_batch, instruction.peers)
@@ -121,7 +129,7 @@ class Loop:
     def _evaluate(self) -> int:
         self.heart.enter("evaluating", self.step)
         assert self.testset is not None
-        found = evaluate(self.engine, self.testset, self._before)
+        found = evaluate(self.engine, self.testset, self._before, self.dtype)
         say(
             f"step {self.step}: {found['correct']:.0f} of {found['images']:.0f} test images are right "
             f"({found['accuracy']:.1%}), loss {found['loss']:.4f}"
@@ -136,6 +144,6 @@ class Loop:
         read = (self.step - self.done) * engine.gradient_accumulation_steps()
         position = self.start.after(read, self.size, engine.train_micro_batch_size_per_gpu(), engine.dp_world_size)
         kept = {"step": self.step, "position": position, **self.topology}
-        config = read_config(args.deepspeed_config)
+        config = read_config(args.deepspeed_config, args.dtype)
         kept |= checkpoint.identity(args.model, args.dataset, args.seed, config)
         checkpoint.save(engine, args.run_dir, kept)

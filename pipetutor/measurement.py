@@ -172,10 +172,10 @@ def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | 
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
-    trainset = data.load("synthetic", True, -1, fetch.DATA_DIR)
+    trainset = data.Pixels(data.load("synthetic", True, -1, fetch.DATA_DIR))
 
     def batches(source: Any) -> Iterator[list[torch.Tensor]]:
-        loader = data.loader(source, data.EpochSampler(source, 1, 0, SEED, data.Position()), micro_batch, _CPU)
+        loader = data.Loader(source, data.EpochSampler(source, 1, 0, SEED, data.Position()), micro_batch, _CPU)
         return itertools.chain.from_iterable(itertools.repeat(loader))
 
     _CPU = torch.device("cpu")

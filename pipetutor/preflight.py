@@ -20,6 +20,7 @@ from pipetutor.schedules import SCHEDULES, build
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
 BACKENDS = ("gloo", "nccl")
 ENGINES = ("deepspeed", "torch")
+TRANSFORMS = ("batched", "pil")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def preflight(
     resume: str | Path | None = None,
     weights: str | Path | None = None,
     fault: str | None = None,
+    transforms: str = "batched",
     engine: str = "deepspeed",
     schedule: str = "1f1b",
     chunks: int = 1,
@@ -119,6 +121,7 @@ def preflight(
         resume: a checkpoint, or a run directory, to go on from.
         weights: a ``state_dict`` file to start from.
         fault: a fault to inject; see ``pipetutor.faults``.
+        transforms: ``batched`` or ``pil``.
         engine: ``deepspeed`` or ``torch``.
         schedule: a name of ``schedules.SCHEDULES``.
         chunks: stages of the model on each rank.
@@ -148,6 +151,7 @@ def preflight(
     _one_of("model", model, sorted(catalog()))
     _one_of("dataset", dataset, sorted(DATASET_SIZES))
     layers = catalog()[model]
+    _one_of("transforms", transforms, list(TRANSFORMS))
     _one_of("engine", engine, list(ENGINES))
     _one_of("schedule", schedule, list(SCHEDULES))
     natural("chunks", chunks, 1, example=2)

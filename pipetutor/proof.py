@@ -73,9 +73,9 @@ def build_model(name: str, seed: int = SEED) -> nn.Module:
 
 
 def _micro_batches(case: Case, replica: int) -> Iterator[list[torch.Tensor]]:
-    trainset = data.load("synthetic", True, -1, DATA_DIR)
+    trainset = data.Pixels(data.load("synthetic", True, -1, DATA_DIR))
     sampler = data.EpochSampler(trainset, case.replicas, replica, SEED, data.Position())
-    return iter(data.loader(trainset, sampler, MICRO_BATCH, torch.device("cpu")))
+    return iter(data.Loader(trainset, sampler, MICRO_BATCH, torch.device("cpu")))
 
 
 def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:

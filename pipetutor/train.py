@@ -21,7 +21,7 @@ from torch import nn
 
 from pipetutor import checkpoint, faults, records
 from pipetutor.batch import explain
-from pipetutor.config import read_config
+from pipetutor.config import DTYPES, read_config
 from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.engine import data_parallel, pipeline, release_inputs, say
 from pipetutor.fetch import DATA_DIR, DataError
@@ -31,7 +31,7 @@ from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
 from pipetutor.machine import cpu_cores, gpu_count, versions
 from pipetutor.partition import METHODS
-from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, Plan, preflight
+from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
 from pipetutor.schedules import SCHEDULES
 from pipetutor.torch_engine import TorchPipeline
 from pipetutor.trace import Recorder
@@ -78,6 +78,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
     parser.add_argument("--resume", type=Path, help="a checkpoint, or a run directory: go on from its newest")
     parser.add_argument("--weights", type=Path, help="start from this torchvision state_dict")
+    parser.add_argument("--dtype", help=f"{' or '.join(DTYPES)} (default: what the config says, else fp32)")
+    parser.add_argument("--transforms", default="batched", help=f"{' or '.join(TRANSFORMS)} (default batched)")
     parser.add_argument("--engine", default="deepspeed", help=f"{' or '.join(ENGINES)} (default deepspeed)")
     parser.add_argument("--schedule", default="1f1b", help=f"{', '.join(SCHEDULES)} (default 1f1b)")
     parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved_1f1b (default 1)")
@@ -97,7 +99,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         model=args.model,
         dataset=args.dataset,
         partition=args.partition,
-        config=read_config(args.deepspeed_config),
+        config=read_config(args.deepspeed_config, args.dtype),
         backend=args.backend,
         gpus=gpu_count(),
         dropout=args.dropout,
@@ -107,6 +109,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         resume=args.resume,
         weights=args.weights,
         fault=args.fault,
+        transforms=args.transforms,
         engine=args.engine,
         schedule=args.schedule,
         chunks=args.chunks,
@@ -138,7 +141,7 @@ def train_base(args: argparse.Namespace) -> Any:
     """
     torch.manual_seed(args.seed)
     recorder = _recorder(args)
-    engine = data_parallel(_model(args), read_config(args.deepspeed_config))
+    engine = data_parallel(_model(args), read_config(args.deepspeed_config, args.dtype))
     criterion = nn.CrossEntropyLoss()
     accumulation = engine.gradient_accumulation_steps()
 
@@ -171,7 +174,7 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
         The DeepSpeed pipeline engine, trained for ``args.steps`` train batches.
     """
     deepspeed.runtime.utils.set_random_seed(args.seed)
-    recorder, config = _recorder(args), read_config(args.deepspeed_config)
+    recorder, config = _recorder(args), read_config(args.deepspeed_config, args.dtype)
     if args.engine == "torch":
         bounds = [int(bound) for bound in part.split(",")]
         engine = TorchPipeline(_model(args), args.schedule, bounds, config, args.recompute)
@@ -221,7 +224,7 @@ def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
         status="running",
         command=command,
         model=args.model,
-        config=read_config(args.deepspeed_config),
+        config=read_config(args.deepspeed_config, args.dtype),
         versions=versions(),
         device=str(deepspeed.get_accelerator().current_device_name()),
         threads_per_rank=torch.get_num_threads(),
@@ -260,7 +263,15 @@ def main() -> None:
         deepspeed.init_distributed(dist_backend=plan.backend)
         if plan.backend == "nccl":
             torch.cuda.set_device(args.local_rank)
-        say(explain(read_config(args.deepspeed_config), stages, plan.batch.replicas, args.schedule, args.chunks))
+        say(
+            explain(
+                read_config(args.deepspeed_config, args.dtype),
+                stages,
+                plan.batch.replicas,
+                args.schedule,
+                args.chunks,
+            )
+        )
         if plan.notice:
             say(plan.notice)
         if args.run_dir and rank == 0:

@@ -38,6 +38,21 @@ def test_the_synthetic_set_is_drawn_once_and_read_by_torchvision(tmp_path):
     assert image.shape == (3, 224, 224) and image.dtype == torch.float32
 
 
+def test_a_micro_batch_is_enlarged_to_the_last_bit_as_image_by_image(tmp_path):
+    prepare("synthetic", tmp_path)
+    one_by_one = data.load("synthetic", True, -1, str(tmp_path))
+    order, device = list(range(0, 64, 2)), torch.device("cpu")
+    lean = data.Loader(data.Pixels(one_by_one), order, 8, device)
+    for (images, labels), (wanted, numbers) in zip(lean, data.Loader(one_by_one, order, 8, device), strict=True):
+        assert images.shape == (8, 3, 224, 224) and images.dtype == torch.float32
+        assert torch.equal(images, wanted) and torch.equal(labels, numbers)
+    assert (
+        next(iter(data.Loader(data.Pixels(one_by_one), order, 8, device, torch.bfloat16)))[0].dtype == torch.bfloat16
+    )
+    loaded = next(iter(data.Loader(data.Labels(one_by_one), order, 8, device, torch.bfloat16)))
+    assert [part.tolist() for part in loaded] == [[one_by_one.targets[i] for i in order[:8]]] * 2
+
+
 def test_other_bytes_are_refused_after_drawing(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "SEED", 1)
     with pytest.raises(DataError, match="md5"):

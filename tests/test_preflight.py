@@ -8,7 +8,7 @@ import pytest
 
 from pipetutor import launch
 from pipetutor.batch import Batch, batch_arithmetic, explain
-from pipetutor.config import read_config
+from pipetutor.config import dtype_of, read_config
 from pipetutor.preflight import DATASET_SIZES, preflight
 
 GOOD = dict(
@@ -65,6 +65,7 @@ def test_a_good_run_is_planned():
         ),
         (dict(config={"train_micro_batch_size_per_gpu": 2001}), ["2001", "2000", "at most 2000"]),
         (dict(backend="mpi"), ["mpi", "gloo"]),
+        (dict(transforms="jpeg"), ["jpeg", "batched, pil"]),
         (dict(engine="megatron"), ["megatron", "deepspeed, torch"]),
         (dict(schedule="1f2b"), ["1f2b", "try '1f1b'", "zero_bubble"]),
         (dict(schedule="gpipe"), ["1f1b, not gpipe", "engine='torch'"]),
@@ -144,6 +145,16 @@ def test_a_bad_config_file_is_named_with_its_line(tmp_path, content, words):
 def test_a_config_of_the_wrong_shape_is_refused(config, words):
     with pytest.raises(ValueError, match=words):
         read_config(config)
+
+
+def test_the_dtype_is_put_above_the_config():
+    assert "bf16" not in read_config(None) and "bf16" not in read_config(None, "fp32")
+    assert read_config(None, "bf16")["bf16"] == {"enabled": True}
+    assert dtype_of(read_config({"bf16": {"enabled": True}})) == "bf16"
+    assert dtype_of(read_config({"bf16": {"enabled": True}}, "fp32")) == "fp32"
+    assert dtype_of(read_config({"fp16": {"enabled": True}}, "bf16")) == "bf16"
+    with pytest.raises(ValueError, match="unknown dtype 'int8': use fp32 or bf16"):
+        read_config(None, "int8")
 
 
 def test_all_three_batch_keys_keep_the_default_optimizer():

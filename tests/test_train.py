@@ -107,3 +107,22 @@ def test_a_slow_rank_takes_longer(runs):
     fault = ["--fault", "slow:rank=0,step=2,seconds=0.5"]
     run = train(runs, "-s", 2, "--model", "mobilenet_v3_small", *fault)
     assert run.seconds[1] > 2, "two micro-batches, forward and backward, half a second each"
+
+
+@pytest.mark.parametrize("stages, replicas", [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2)])
+def test_bf16_trains_in_every_topology(runs, stages, replicas):
+    """The losses are those of fp32 to the three digits that bf16 has."""
+    common = dict(stages=stages, replicas=replicas, config=SMALL_SGD)
+    arguments = ["-s", 2, "--dropout", 0]
+    exact = train(runs / "fp32", *arguments, **common)
+    coarse = train(runs / "bf16", *arguments, "--dtype", "bf16", **common)
+    assert coarse.losses == pytest.approx(exact.losses, rel=0.02) and coarse.losses != exact.losses
+    assert coarse.details["config"]["bf16"]["enabled"]
+
+
+def test_images_one_by_one_train_the_same(runs):
+    batched, pil = (
+        train(runs / how, "-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0, "--transforms", how, stages=2)
+        for how in ("batched", "pil")
+    )
+    assert batched.losses == pil.losses
