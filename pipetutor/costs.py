@@ -116,6 +116,8 @@ class LayerCosts:
         Raises:
             ValueError: the bounds do not fit the model, or ``micro_batches`` is no whole number of at least 1.
         """
+        if isinstance(bounds, str):
+            raise ValueError(f"bounds is {bounds!r}, but must be a list of layer indices: [0, 16, 22], say")
         kinds = [Layer(layer.kind, layer.parameters) for layer in self.layers]
         bounds = bounds_for(kinds, len(bounds) - 1, ",".join(map(str, bounds)))
         if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
@@ -210,8 +212,8 @@ def measure(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1: 2, say")
     preflight(
-        ranks=ranks,
-        stages=ranks,
+        ranks=1,
+        stages=1,
         steps=1,
         model=model,
         dataset="synthetic",

@@ -110,6 +110,9 @@ def launch(
     """
     if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
         raise ValueError(f"replicas is {replicas!r}, but must be a whole number of at least 1: 1, say")
+    for name, switch in {"trace": trace, "recompute": recompute}.items():
+        if not isinstance(switch, bool):
+            raise ValueError(f"{name} is {switch!r}, but must be True or False")
     whole_config = read_config(config, dtype)
     ranks = max(stages, 1) * replicas if isinstance(stages, int) else 1
     plan = preflight(

@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipetutor.costs import LayerCosts
+from pipetutor.preflight import ENGINES
 from pipetutor.schedules import Instruction
 from pipetutor.simulate import simulate
 from pipetutor.timeline import CODE
@@ -54,10 +55,12 @@ def predict(
         The bytes of ``PARTS`` for each rank.
 
     Raises:
-        ValueError: the bounds, the streams and the model do not fit each other.
+        ValueError: the bounds, the streams and the model do not fit each other, or there is no such engine.
 
     >>> predict(costs, [0, 16, 22], build("gpipe", 2, 8))[0]["activations"]  # doctest: +SKIP
     """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}: use {' or '.join(ENGINES)}")
     stage_costs = costs.for_bounds(bounds)
     copies = np.array([costs.input_bytes, *stage_costs.message_bytes])
     saved = np.array(stage_costs.activation_bytes) - copies
@@ -92,8 +95,13 @@ def measure(trace: Trace) -> list[Memory]:
         The bytes of ``PARTS`` for each rank.
 
     Raises:
-        ValueError: the trace has fewer than two steps.
+        ValueError: the trace has fewer than two steps, or glibc kept what the ranks freed.
     """
+    if not all(head["returns_blocks"] for head in trace.heads):
+        raise ValueError(
+            "the ranks ran without MALLOC_MMAP_THRESHOLD_, so glibc kept what they freed, and memory in use cannot "
+            "be told: set os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536' ahead of launch"
+        )
     if len(trace.steps) < 2:
         raise ValueError(f"{len(trace.steps)} traced step: what the optimizer keeps shows from the second on; run 2")
     first, step = trace.steps[0], trace.steps[-1]

@@ -2,12 +2,14 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipetutor.costs import LayerCosts
 from pipetutor.partition import catalog
 from pipetutor.records import Run
 
@@ -107,6 +109,37 @@ def stages(run: Run) -> Figure:
     axes.set_xlim(-0.5, len(parameters) - 0.5)
     axes.set_ylim(0, top * 1.05)
     axes.set_ylabel("million parameters")
+    plain(axes)
+    return figure
+
+
+def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
+    """Draw how long each layer takes for one micro-batch, forward and backward, and where a cut divides them.
+
+    Args:
+        costs: from ``pipetutor.costs.measure``.
+        bounds: partition bounds; without them no cut is drawn.
+    """
+    forward = [1e3 * layer.forward for layer in costs.layers]
+    backward = [1e3 * layer.backward for layer in costs.layers]
+    count = len(forward)
+    figure = Picture(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
+    axes.bar(range(count), backward, bottom=forward, color=COLOURS[1], edgecolor="white", label="backward")
+    top = 1.25 * max(f + b for f, b in zip(forward, backward, strict=True))
+    for stage, (low, high) in enumerate(pairwise(bounds)):
+        total = sum(forward[low:high]) + sum(backward[low:high])
+        axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
+        if stage:
+            axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
+    axes.set_xticks(range(count))
+    labels = [f"{layer.kind} {index:2d}" for index, layer in enumerate(costs.layers)]
+    axes.set_xticklabels(labels, rotation=90, fontsize=8)
+    axes.set_xlim(-0.5, count - 0.5)
+    axes.set_ylim(0, top * 1.05)
+    axes.set_ylabel("milliseconds a micro-batch")
+    axes.legend(frameon=False, fontsize=9, loc="center left")
     plain(axes)
     return figure
 

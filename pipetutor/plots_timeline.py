@@ -48,6 +48,13 @@ NUMBERED = ("ForwardPass", "BackwardPass", "BackwardInput", "BackwardWeight")
 CHUNK_SHADES = 0.45  # how much darker the last of a rank's chunks is than its first
 
 
+def _require(rows: object) -> None:
+    if not isinstance(rows, Mapping) or not rows:
+        raise ValueError(
+            f"{type(rows).__name__} given, but a dict of titles is needed: {{'measured': timeline}}, say"
+        )
+
+
 def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
     """Draw timelines one above the other on one time axis, each beginning at zero.
 
@@ -58,6 +65,7 @@ def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
         rows: a title for each timeline, such as theory and measurement.
         unit: ``ms``, or what a simulated second stands for, such as ``units of time``.
     """
+    _require(rows)
     scale = 1e3 if unit == "ms" else 1.0
     longest = max(timeline.seconds for timeline in rows.values()) * scale
     ranks = [timeline.ranks for timeline in rows.values()]
@@ -138,6 +146,7 @@ def accounting(rows: Mapping[str, Timeline]) -> Figure:
     Args:
         rows: a title for each timeline.
     """
+    _require(rows)
     bars = [
         (f"{title}\nrank {rank}", account)
         for rank in range(max(timeline.ranks for timeline in rows.values()))
@@ -175,6 +184,7 @@ def memory(rows: Mapping[str, Step]) -> Figure:
     Args:
         rows: a title for each traced step, such as GPipe and 1F1B.
     """
+    _require(rows)
     figure = Picture(figsize=(9.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)
     for axes, (title, step) in zip(panels.flat, rows.items(), strict=True):

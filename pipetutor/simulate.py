@@ -55,6 +55,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
+        if not stages:
+            raise ValueError("costs of 0 stages: give them for at least 1")
         for name in ("backward_input", "backward_weight", "activation_bytes", "load", "optimizer", "all_reduce"):
             given = len(getattr(self, name))
             if given != stages and (given or name.startswith("backward")):

@@ -14,6 +14,7 @@ is as good as that: it holds the copies at both ends, and what the operating sys
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Recorder:
         self._path = directory / f"trace_rank{rank}.jsonl"
         self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
         self._head = {"rank": rank, "device": str(device), "without_model": self._clock.memory()}
+        self._head["returns_blocks"] = device.type == "cuda" or "MALLOC_MMAP_THRESHOLD_" in os.environ
         self._offset = clock_offset(device)
         self._spans: list[tuple[Any, ...]] | None = None
         self._open: tuple[str, int, int, Any] | None = None
@@ -120,7 +122,8 @@ class Trace:
 
     Attributes:
         heads: what each rank says of itself: its number, replica, device and ``clock_offset`` in seconds, and the
-            bytes that it had in memory ``without_model`` and ``with_model``, before the first step.
+            bytes that it had in memory ``without_model`` and ``with_model``, before the first step. On a CPU memory
+            is what is in use only where glibc ``returns_blocks`` that are freed; see ``pipetutor.memory``.
         steps: every step that all ranks have completed.
     """
 
@@ -171,13 +174,27 @@ def _rows(heads: Sequence[Any], steps: Sequence[Any]) -> Iterator[tuple[Any, ...
             yield head["rank"], stage, head["replica"], CODE[name], micro_batch, begin, end, 0.0, memory
 
 
+def _by_place(spans: np.ndarray) -> dict[tuple[str, int, int, int], np.ndarray]:
+    return {(KINDS[s["kind"]], s["stage"], s["replica"], s["micro_batch"]): s for s in spans}
+
+
+def _partner(span: np.ndarray, place: dict[Any, np.ndarray], blocking: bool) -> np.ndarray | None:
+    """Return what a Send or Recv waits for: its other end, or the pass that computes the message."""
+    name, direction = PARTNERS[KINDS[span["kind"]]]
+    where = span["stage"] + direction, span["replica"], span["micro_batch"]
+    names = (
+        (name,) if blocking else ("ForwardPass",) if name == "SendActivation" else ("BackwardInput", "BackwardPass")
+    )
+    return next((place[found, *where] for found in names if (found, *where) in place), None)
+
+
 def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
     """Return the seconds that each span spent waiting for another rank.
 
     stage 0:  SendActivation |--- waiting ---|-- transfer --|
     stage 1:    ForwardPass ...............| RecvActivation |
     """
-    place = {(KINDS[s["kind"]], s["stage"], s["replica"], s["micro_batch"]): s for s in spans}
+    place = _by_place(spans)
     together: dict[tuple[int, int], float] = {}  # when the last rank came to a collective
     for span in spans:
         if KINDS[span["kind"]] in ("ReduceGrads", "AggregateLoss"):
@@ -186,13 +203,8 @@ def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
     waiting = np.zeros(len(spans))
     for index, span in enumerate(spans):
         name, ready = KINDS[span["kind"]], span["begin"]
-        if name in PARTNERS:
-            other, direction = PARTNERS[name]
-            if not blocking:
-                other = "ForwardPass" if name == "RecvActivation" else "BackwardInput"
-            partner = place.get((other, span["stage"] + direction, span["replica"], span["micro_batch"]))
-            if partner is None and not blocking:
-                partner = place.get(("BackwardPass", span["stage"] + direction, span["replica"], span["micro_batch"]))
+        if name in PARTNERS and (blocking or name.startswith("Recv")):
+            partner = _partner(span, place, blocking)
             if partner is not None:
                 ready = partner["begin"] if blocking else partner["end"]
         elif _group(span) in together:
@@ -226,7 +238,9 @@ def write_chrome(directory: Path) -> Path:
     known = set()
     trace = load(directory)
     origin = trace.steps[0].timeline.begin
+    blocking = trace.heads[0]["blocking"]
     for step in trace.steps:
+        place = _by_place(step.timeline.spans)
         for span in step.timeline.spans:
             name = KINDS[span["kind"]]
             rank, replica, stage, micro_batch = (int(span[c]) for c in ("rank", "replica", "stage", "micro_batch"))
@@ -242,16 +256,16 @@ def write_chrome(directory: Path) -> Path:
             events.append(slices | {"name": title, "dur": lasts})
             if span["waiting"] > 0:
                 events.append(slices | {"name": "waiting", "cat": "waiting", "dur": 1e6 * span["waiting"]})
-            if name in PARTNERS:
-                sends = name.startswith("Send")
-                boundary = min(stage, stage + PARTNERS[name][1])
-                message = f"{step.number}.{replica}.{name[4:]}.{boundary}.{micro_batch}"
-                arrow = {"name": name[4:], "cat": "message", "id": message, "ts": begin + lasts / 2, **where}
-                events.append(arrow | ({"ph": "s"} if sends else {"ph": "f", "bp": "e"}))
+            sender = _partner(span, place, blocking) if name.startswith("Recv") else None
+            if sender is not None:
+                left = sender["begin"] if blocking else sender["end"]
+                arrow = {"name": name[4:], "cat": "message", "id": len(events), "pid": replica}
+                events.append(arrow | {"ph": "s", "ts": 1e6 * (left - origin), "tid": int(sender["rank"])})
+                events.append(arrow | {"ph": "f", "bp": "e", "ts": begin + lasts, "tid": rank})
             counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": begin + lasts, "pid": replica}
             events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
     path = directory / "trace.json"
-    about = {"waiting": WAITING[trace.heads[0]["blocking"]], "devices": [head["device"] for head in trace.heads]}
+    about = {"waiting": WAITING[blocking], "devices": [head["device"] for head in trace.heads]}
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
     return path
 

@@ -81,3 +81,10 @@ def test_durations_leave_waiting_out():
     assert timeline.durations("RecvGrad").tolist() == [0, 0, 0, 0]
     assert timeline.of(0)["waiting"][timeline.of(0)["kind"] == CODE["RecvGrad"]].sum() > 0
     assert set(timeline.durations("ForwardPass")) == {1}
+
+
+@pytest.mark.parametrize("draw", [plots_timeline.timelines, plots_timeline.accounting, plots_timeline.memory])
+@pytest.mark.parametrize("rows", [{}, theory()], ids=["nothing", "no dict"])
+def test_what_cannot_be_drawn_is_refused(draw, rows):
+    with pytest.raises(ValueError, match="a dict of titles is needed"):
+        draw(rows)

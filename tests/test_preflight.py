@@ -168,6 +168,13 @@ def test_a_dict_is_laid_over_the_default():
     assert batch_arithmetic(read_config({"gradient_accumulation_steps": 3}), 2) == Batch(48, 8, 3, 2)
 
 
+@pytest.mark.parametrize("name", ["trace", "recompute"])
+def test_a_switch_is_true_or_false(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is 'yes', but must be True or False"):
+        launch(**{name: "yes"}, runs_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_bubble_is_explained_for_each_schedule():
     config = read_config({"train_batch_size": 64})
     for schedule, chunks, end in (

@@ -117,10 +117,27 @@ def test_chrome_trace(traced):
     assert sorted(e["id"] for e in by_phase["s"]) == sorted(e["id"] for e in by_phase["f"])
     assert len({e["id"] for e in by_phase["s"]}) == len(by_phase["s"]) == 3 * 2 * 4 * 2
     for arrow in by_phase["s"] + by_phase["f"]:
-        around = [e for e in slices if e["tid"] == arrow["tid"] and e["ts"] <= arrow["ts"] <= e["ts"] + e["dur"]]
+        around = [
+            e
+            for e in slices
+            if e["tid"] == arrow["tid"] and e["ts"] - 1e-3 <= arrow["ts"] <= e["ts"] + e["dur"] + 1e-3
+        ]
         assert any(arrow["name"] in e["name"] for e in around)
+    arrives = {e["id"]: e["ts"] for e in by_phase["f"]}
+    assert all(e["ts"] < arrives[e["id"]] for e in by_phase["s"]), "a message cannot arrive before it leaves"
     waits = [e for e in by_phase["X"] if e["cat"] == "waiting"]
     assert waits and all(any(e["ts"] == w["ts"] and e["dur"] >= w["dur"] for e in slices) for w in waits)
+
+
+def test_arrows_of_messages_in_the_background(runs):
+    """torch's engine: a message leaves when it is computed, and arrives later, whenever its Send is waited for."""
+    flags = ["-s", 2, "--trace", "--engine", "torch", "--schedule", "interleaved_1f1b", "--chunks", 2]
+    run = train(runs, *flags, "--model", "mobilenet_v3_small", "--dropout", 0, stages=2)
+    events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
+    leaves, arrives = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
+    assert leaves.keys() == arrives.keys() and len(leaves) == 2 * 2 * 3 * 2, "steps, ways, boundaries, micro-batches"
+    for message, left in leaves.items():
+        assert left["ts"] < arrives[message]["ts"] and left["tid"] != arrives[message]["tid"]
 
 
 def test_no_trace(runs):
