@@ -19,10 +19,10 @@ import psutil
 
 from pipetutor import fetch, machine, records
 from pipetutor.config import read_config
-from pipetutor.launch import RunFailed, watch
 from pipetutor.partition import Layer, bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.simulate import Costs
+from pipetutor.watch import RunFailed, watch
 
 if TYPE_CHECKING:
     pass

@@ -15,9 +15,9 @@ from torch import nn
 
 from pipetutor import records
 from pipetutor.costs import LayerCost, LayerCosts, measure
-from pipetutor.launch import RunFailed
 from pipetutor.layers import build, join_layers
 from pipetutor.measurement import look_at_memory, run_micro_batch, weight_shares
+from pipetutor.watch import RunFailed
 
 
 class Naps(torch.autograd.Function):
