@@ -12,6 +12,7 @@ from pipetutor import fetch, machine, records
 from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
+from pipetutor.partition import PROFILE
 from pipetutor.preflight import preflight
 from pipetutor.records import Run
 from pipetutor.watch import RunFailed, watch
@@ -62,7 +63,8 @@ def launch(
         model: ``alexnet`` or any model of ``pipetutor.partition.catalog()``.
         dataset: ``synthetic`` (embedded) or ``cifar10`` (downloaded once).
         data_dir: where the data is or will be.
-        partition: ``parameters``, ``uniform``, ``type:REGEX``, or bounds such as ``0,16,22``.
+        partition: ``parameters``, ``uniform``, ``type:REGEX``, bounds such as ``0,16,22``, or ``profile``: the best
+            cut by what each layer costs on this CPU, which is measured the first time; see ``pipetutor.profile``.
         config: DeepSpeed config: a file's path, or a dict laid over the packaged default.
         dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
         seed: of weights, dropout and data order.
@@ -121,6 +123,11 @@ def launch(
     if weights is not None:
         _check_weights(model, weights)
     fetch.prepare(dataset, data_dir)
+    table = ""
+    if stages and partition == PROFILE:
+        from pipetutor import profile  # numpy: loaded only by who asks for it
+
+        plan, table = profile.cut(plan, model, ranks, dropout, recompute)
     directory = records.create(Path(runs_dir), f"p{stages}r{replicas}")
     try:
         (directory / "logs").mkdir()
@@ -150,7 +157,7 @@ def launch(
     except OSError as error:
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
     explained = explain(whole_config, stages, replicas, schedule, chunks)
-    for line in filter(None, [explained, plan.notice, shlex.join(command)]):
+    for line in filter(None, [explained, plan.notice, table, shlex.join(command)]):
         print(line)
     lines = directory / records.STEPS
     report = watch(command, directory, ranks, deadline, lines, steps - plan.done, "steps", _brief)
