@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from pipetutor import fetch, records
-from pipetutor.launch import RunFailed, watch
+from pipetutor.watch import RunFailed, watch
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")

@@ -13,19 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from pipetutor import fetch, machine, records
 from pipetutor.config import read_config
-from pipetutor.launch import RunFailed, watch
 from pipetutor.partition import Layer, bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.simulate import Costs
-
-if TYPE_CHECKING:
-    pass
+from pipetutor.watch import RunFailed, watch
 
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
@@ -65,6 +62,19 @@ class LayerCost:
     def backward(self) -> float:
         """Seconds of an ordinary backward."""
         return self.backward_input + self.backward_weight
+
+
+class StageCost(NamedTuple):
+    """What a stage costs for one micro-batch: seconds, and bytes as ``LayerCosts.for_bounds`` counts them."""
+
+    load: float
+    forward: float
+    backward_input: float
+    backward_weight: float
+    activation_bytes: int
+    input_bytes: int
+    output_bytes: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -122,34 +132,41 @@ class LayerCosts:
         bounds = bounds_for(kinds, len(bounds) - 1, ",".join(map(str, bounds)))
         if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
             raise ValueError(f"micro_batches is {micro_batches!r}, but must be a whole number of at least 1: 8, say")
-        stages = [self.layers[low:high] for low, high in itertools.pairwise(bounds)]
-        inputs = [self.input_bytes, *(stage[-1].output_bytes for stage in stages[:-1])]
-        share = 1 / micro_batches if micro_batches else 0.0
-        load = [0.0] * len(stages)
-        load[-1] = self.load_labels
-        load[0] = self.load_images  # the first stage loads labels with them, also where it is the last one
-        parameters = [sum(layer.parameters for layer in stage) for stage in stages]
+        stages = [self.stage(low, high, micro_batches) for low, high in itertools.pairwise(bounds)]
         return Costs(
-            forward=[
-                sum(layer.forward for layer in stage) + self.copy * received
-                for stage, received in zip(stages, inputs, strict=True)
-            ],
-            backward_input=[sum(layer.backward_input for layer in stage) for stage in stages],
-            backward_weight=[
-                sum(layer.backward_weight - share * layer.first_saving for layer in stage) for stage in stages
-            ],
-            activation_bytes=[
-                received
-                + sum(dict(k for layer in stage for k in layer.kept).values())
-                + (0 if stage[-1].keeps_output else stage[-1].output_bytes)
-                for stage, received in zip(stages, inputs, strict=True)
-            ],
-            message_bytes=inputs[1:],
+            forward=[stage.forward for stage in stages],
+            backward_input=[stage.backward_input for stage in stages],
+            backward_weight=[stage.backward_weight for stage in stages],
+            activation_bytes=[stage.activation_bytes for stage in stages],
+            message_bytes=[stage.output_bytes for stage in stages[:-1]],
             latency=self.latency,
             bandwidth=self.bandwidth,
-            load=load,
-            optimizer=[self.optimizer * count for count in parameters],
+            load=[stage.load for stage in stages],
+            optimizer=[self.optimizer * stage.parameters for stage in stages],
             all_reduce=[0.0] * len(stages),
+        )
+
+    def stage(self, low: int, high: int, micro_batches: int | None = None) -> StageCost:
+        """Add up the layers low ... high-1, as one stage of a pipeline.
+
+        Args:
+            low: its first layer; the stage that holds layer 0 loads images, and labels with them.
+            high: the layer behind its last one; the stage that ends the model loads labels.
+            micro_batches: see ``for_bounds``.
+        """
+        layers = self.layers[low:high]
+        share = 1 / micro_batches if micro_batches else 0.0
+        received = self.layers[low - 1].output_bytes if low else self.input_bytes
+        kept = received + sum(dict(storage for layer in layers for storage in layer.kept).values())
+        return StageCost(
+            load=self.load_images if low == 0 else self.load_labels if high == len(self.layers) else 0.0,
+            forward=sum(layer.forward for layer in layers) + self.copy * received,
+            backward_input=sum(layer.backward_input for layer in layers),
+            backward_weight=sum(layer.backward_weight - share * layer.first_saving for layer in layers),
+            activation_bytes=kept + (0 if layers[-1].keeps_output else layers[-1].output_bytes),
+            input_bytes=received,
+            output_bytes=layers[-1].output_bytes,
+            parameters=sum(layer.parameters for layer in layers),
         )
 
     def __str__(self) -> str:
@@ -179,6 +196,13 @@ class LayerCosts:
             raise ValueError(f"{directory} holds no costs: {FILE} is missing; measure() writes one") from None
         layers = [layer | {"kept": tuple(map(tuple, layer["kept"]))} for layer in content.pop("layers")]
         return cls(**content, layers=tuple(LayerCost(**layer) for layer in layers), directory=Path(directory))
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """Return what the environment of as many ranks on one CPU says of threads, memory and device."""
+    env = dict(os.environ) | {"LOCAL_SIZE": str(ranks)}
+    machine.prepare_rank(env, ["--backend=gloo"])
+    return {name: env[name] for name in ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")}
 
 
 def measure(
@@ -211,7 +235,7 @@ def measure(
     for name, value in {"micro_batch": micro_batch, "ranks": ranks}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1: 2, say")
-    preflight(
+    preflight(  # as one stage: replicas may make more ranks than a pipeline can have stages
         ranks=1,
         stages=1,
         steps=1,
@@ -233,11 +257,9 @@ def measure(
     fetch.prepare("synthetic", fetch.DATA_DIR)
     directory = records.create(Path(runs_dir), "costs")
     (directory / "logs").mkdir()
-    env = dict(os.environ) | {"LOCAL_SIZE": str(ranks)}
-    machine.prepare_rank(env, ["--backend=gloo"])
-    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")
     arguments = {"model": model, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
-    command = ["env", "CUDA_VISIBLE_DEVICES=", *(f"{name}={env[name]}" for name in names), sys.executable]
+    settings = [f"{name}={value}" for name, value in environment(ranks).items()]
+    command = ["env", "CUDA_VISIBLE_DEVICES=", *settings, sys.executable]
     command += ["-m", "pipetutor.measurement", str(directory), json.dumps(arguments)]
     rows = directory / "rows.jsonl"
     report = watch(command, directory, 0, float("inf"), rows, STEPS * MICRO_BATCHES, "micro-batches", _brief)

@@ -102,7 +102,8 @@ def ready(dataset: str, data_dir: str | Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this name, having waited for whoever holds it; it ends with its process at the latest."""
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -127,7 +128,7 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
     files, data_dir = FILES[dataset], Path(data_dir)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(data_dir / f".{files.folder}.lock"):
+        with locked(data_dir / f".{files.folder}.lock"):
             if ready(dataset, data_dir):  # another process made it while this one waited
                 return
             work = Path(tempfile.mkdtemp(prefix=f".{files.folder}.", dir=data_dir))

@@ -1,34 +1,21 @@
 """What a cell runs: check, start DeepSpeed's launcher, show progress, record, and leave nothing behind."""
 
-import contextlib
-import io
-import json
 import os
-import selectors
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from pipetutor import fetch, machine, records
 from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
+from pipetutor.partition import PROFILE
 from pipetutor.preflight import preflight
 from pipetutor.records import Run
-
-SUPERVISOR_SECONDS = 10
-
-
-class RunFailed(RuntimeError):
-    """A run ended before its last step; the message names the rank, its exit code and its last words."""
+from pipetutor.watch import RunFailed, watch
 
 
 def free_port() -> int:
@@ -78,7 +65,8 @@ def launch(
         model: ``alexnet`` or any model of ``pipetutor.partition.catalog()``.
         dataset: ``synthetic`` (embedded) or ``cifar10`` (downloaded once).
         data_dir: where the data is or will be.
-        partition: ``parameters``, ``uniform``, ``type:REGEX``, or bounds such as ``0,16,22``.
+        partition: ``parameters``, ``uniform``, ``type:REGEX``, bounds such as ``0,16,22``, or ``profile``: the best
+            cut by what each layer costs on this CPU, which is measured the first time; see ``pipetutor.profile``.
         config: DeepSpeed config: a file's path, or a dict laid over the packaged default.
         dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
         seed: of weights, dropout and data order.
@@ -143,6 +131,11 @@ def launch(
     if weights is not None:
         _check_weights(model, weights)
     fetch.prepare(dataset, data_dir)
+    table = ""
+    if stages and partition == PROFILE:
+        from pipetutor import profile  # numpy: loaded only by who asks for it
+
+        plan, table = profile.cut(plan, model, ranks, dropout, recompute)
     directory = records.create(Path(runs_dir), f"p{stages}r{replicas}")
     try:
         (directory / "logs").mkdir()
@@ -173,7 +166,7 @@ def launch(
     except OSError as error:
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
     explained = explain(whole_config, stages, replicas, schedule, chunks)
-    for line in filter(None, [explained, plan.notice, shlex.join(command)]):
+    for line in filter(None, [explained, plan.notice, table, shlex.join(command)]):
         print(line)
     lines = directory / records.STEPS
     report = watch(command, directory, ranks, deadline, lines, steps - plan.done, "steps", _brief)
@@ -217,100 +210,3 @@ def _deepspeed(ranks: int, directory: Path) -> list[str]:
         resources = ["--num_gpus", str(ranks)]
     logs = ["--enable_each_rank_log", _short(directory / "logs")]
     return [*start, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
-
-
-def watch(
-    command: list[str],
-    directory: Path,
-    ranks: int,
-    deadline: float,
-    lines: Path,
-    total: int,
-    unit: str,
-    describe: Callable[[dict[str, Any]], str],
-) -> dict[str, Any]:
-    """Run a command under the supervisor, with a bar that moves on with each line it adds to a file.
-
-    Args:
-        command: what to start.
-        directory: its run directory.
-        ranks: ranks to expect.
-        deadline: seconds without progress after which it is ended.
-        lines: the file of JSON lines.
-        total: lines to expect.
-        unit: what a line stands for.
-        describe: says in a few words what a line holds.
-
-    Returns:
-        The supervisor's report; see ``pipetutor.supervise.supervise``.
-    """
-    supervisor = subprocess.Popen(
-        [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), str(deadline), *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # an interrupt of the kernel's group must not reach it
-    )
-    assert supervisor.stdin and supervisor.stdout
-    try:
-        with _bar(total, unit) as bar, selectors.DefaultSelector() as selector:
-            selector.register(supervisor.stdout, selectors.EVENT_READ)
-            ended = False
-            while not ended:
-                ended = bool(selector.select(timeout=0.2))
-                for line in records.read_lines(lines, start=bar.n):
-                    bar.set_postfix_str(describe(line), False)
-                    bar.update()
-            bar.refresh()
-        output = supervisor.stdout.read()
-    finally:
-        # End of file tells the supervisor to kill the run; a second interrupt must not cut this short.
-        with _interrupts_held():
-            supervisor.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                supervisor.wait(SUPERVISOR_SECONDS)
-            supervisor.stdout.close()
-    if not output:
-        raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
-    return json.loads(output)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Any:
-    try:
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which alone receives interrupts
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _bar(total: int, unit: str) -> tqdm:
-    """Return a progress bar for where this runs: a notebook, a terminal, or a file."""
-    style = {
-        "total": total,
-        "unit": unit,
-        "bar_format": "{n_fmt}/{total_fmt} {unit} |{bar:30}| {elapsed}{postfix}",
-    }
-    if "ipykernel" in sys.modules:
-        return _CellBar(**style, file=io.StringIO(), ascii=False)
-    interactive = sys.stderr.isatty()
-    return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, total // 20))
-
-
-class _CellBar(tqdm):
-    """A bar that is one output of its cell, changed in place: live in JupyterLab, and as it ended in a file."""
-
-    _handle: Any = None
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        from IPython.display import display
-
-        content = {"text/plain": str(self)}
-        if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
-        else:
-            self._handle.update(content, raw=True)

@@ -7,9 +7,11 @@ once, at import.
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -19,6 +21,12 @@ PINNED = ("torch", "torchvision", "deepspeed", "numpy", "jupyterlab", "papermill
 def cpu_cores() -> int:
     """Return the number of cores that this process may run on (its affinity, not the host's total)."""
     return len(os.sched_getaffinity(0))
+
+
+def cpu_name() -> str:
+    """Return the CPU's name as Linux gives it, or its architecture where it gives none, as on ARM."""
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
 def gpu_count(env: Mapping[str, str] = os.environ) -> int:

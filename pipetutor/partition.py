@@ -11,10 +11,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-METHODS = "parameters, uniform, type:REGEX, or bounds such as 0,16,22"
+PROFILE = "profile"
+METHODS = "parameters, uniform, type:REGEX, profile (measured), or bounds such as 0,16,22"
 
 
 class Layer(NamedTuple):
@@ -77,6 +78,85 @@ def balanced(weights: Sequence[int], stages: int) -> list[int]:
     return bounds[::-1]
 
 
+Span = tuple[int, int]  # (low, high): the layers low ... high-1
+
+
+def _least_worst(count: int, stages: Sequence[Mapping[Span, float]]) -> float:
+    """Return the least that the worst stage can cost; infinite where no split is made of the spans given.
+
+    best(n) is the least for the stages so far, when they hold the layers below n; the last one starts at some k:
+
+        best(n) = min over k of max(best(k) of the stages before, cost of the layers k ... n-1)
+    """
+    best = {0: 0.0}
+    for costs in stages:
+        reached: dict[int, float] = {}
+        for (low, high), cost in costs.items():
+            if low in best:
+                reached[high] = min(reached.get(high, math.inf), max(best[low], cost))
+        best = reached
+    return best.get(count, math.inf)
+
+
+def fastest(
+    weights: Sequence[int],
+    stages: int,
+    seconds: Callable[[int, int], float],
+    needed: Callable[[int, int, int], float] | None = None,
+    limit: float = math.inf,
+) -> list[int]:
+    """Cut so that the slowest stage takes the least that any split allows: exact, by dynamic programming.
+
+    A pipeline is as fast as its slowest stage, so many splits are as fast as each other. Of those the one is taken
+    whose stages take the least in sum, which fills and drains the pipeline soonest; of several such, the one that
+    cuts earliest.
+
+    Args:
+        weights: trainable parameters of each layer; a stage without any is never made.
+        stages: the number of stages P.
+        seconds: of (low, high): what a stage takes for a micro-batch when it holds the layers low ... high-1.
+        needed: of (stage, low, high): the bytes that it needs then; None where memory does not matter.
+        limit: bytes that a stage may need.
+
+    Returns:
+        P + 1 rising layer indices, from 0 to ``len(weights)``.
+
+    Raises:
+        ValueError: fewer layers with weights than stages, or a limit that every split breaks; the message names the
+            least that would do.
+
+    >>> fastest([1, 1, 1, 1], 2, lambda low, high: sum([3, 1, 1, 2][low:high]))
+    [0, 1, 4]
+    """
+    count, weighted = len(weights), sum(weight > 0 for weight in weights)
+    if not 1 <= stages <= weighted:
+        raise ValueError(f"{stages} stages, but {weighted} layers have weights: use 1 to {weighted} stages")
+    spans = [(low, high) for low, high in itertools.combinations(range(count + 1), 2) if any(weights[low:high])]
+    taken = {span: seconds(*span) for span in spans}
+    fitting = [taken] * stages
+    if needed:
+        sizes = [{span: needed(stage, *span) for span in spans} for stage in range(stages)]
+        fitting = [{span: taken[span] for span in spans if size[span] <= limit} for size in sizes]
+        least = _least_worst(count, sizes)
+        if least > limit:
+            raise ValueError(
+                f"a stage may need {limit:,.0f} bytes, but every split into {stages} stages has one that needs more: "
+                f"allow at least {math.ceil(least):,}, or use more stages"
+            )
+    slowest = _least_worst(count, fitting)
+    # From the last stage to the first: first layer -> the sum from there on, and its bounds, the less the better.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {count: (0.0, (count,))}
+    for costs in reversed(fitting):
+        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for (low, high), cost in costs.items():
+            if high in best and cost <= slowest:
+                total, bounds = best[high]
+                found = (cost + total, (low, *bounds))
+                reached[low] = min(reached.get(low, found), found)
+        best = reached
+    return list(best[0][1])
+
+
 def _explicit(partition: str, count: int, stages: int) -> list[int]:
     bounds = [int(number) for number in partition.split(",")]
     example = ",".join(map(str, uniform(count, stages)))
@@ -94,13 +174,26 @@ def _explicit(partition: str, count: int, stages: int) -> list[int]:
     return bounds
 
 
+def check_stages(layers: Sequence[Layer], stages: int) -> None:
+    """Raise ValueError where the layers cannot give every stage something to train, wherever they are cut."""
+    weighted = sum(layer.parameters > 0 for layer in layers)
+    if stages > len(layers):
+        raise ValueError(f"{stages} stages, but the model has {len(layers)} layers: use 1 to {weighted} stages")
+    if stages > weighted:
+        raise ValueError(
+            f"{stages} stages, but only {weighted} of the model's {len(layers)} layers have weights, and a stage "
+            f"without weights has nothing to train: use 1 to {weighted} stages"
+        )
+
+
 def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int]:
     """Turn a partition method into bounds, refusing every cut that leaves a stage nothing to train.
 
     Args:
         layers: the model's flat list, from ``catalog()``.
         stages: the number of pipeline stages P.
-        partition: ``parameters``, ``uniform``, ``type:REGEX`` (DeepSpeed's methods) or explicit bounds.
+        partition: ``parameters``, ``uniform``, ``type:REGEX`` (DeepSpeed's methods) or explicit bounds. ``profile``
+            takes more than a layer list: see ``pipetutor.profile``.
 
     Returns:
         P + 1 rising layer indices, from 0 to ``len(layers)``.
@@ -111,15 +204,8 @@ def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int
     >>> bounds_for(catalog()["alexnet"], 2, "parameters")
     [0, 19, 22]
     """
+    check_stages(layers, stages)
     weights = [layer.parameters for layer in layers]
-    weighted = sum(weight > 0 for weight in weights)
-    if stages > len(layers):
-        raise ValueError(f"{stages} stages, but the model has {len(layers)} layers: use 1 to {weighted} stages")
-    if stages > weighted:
-        raise ValueError(
-            f"{stages} stages, but only {weighted} of the model's {len(layers)} layers have weights, and a stage "
-            f"without weights has nothing to train: use 1 to {weighted} stages"
-        )
     if partition == "parameters":
         bounds = balanced(weights, stages)
     elif partition == "uniform":
@@ -139,6 +225,10 @@ def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int
         bounds = balanced(found, stages)
     elif re.fullmatch(r"-?\d+(,-?\d+)*", partition):
         bounds = _explicit(partition, len(layers), stages)
+    elif partition == PROFILE:
+        raise ValueError(
+            "partition 'profile' needs measured costs: pipetutor.profile.choose(costs, stages) takes them"
+        )
     else:
         raise ValueError(f"unknown partition {partition!r}: use {METHODS}")
     for stage, (low, high) in enumerate(itertools.pairwise(bounds)):

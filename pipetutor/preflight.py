@@ -14,7 +14,7 @@ from pipetutor.batch import Batch, batch_arithmetic, natural
 from pipetutor.bubble import idle_share
 from pipetutor.config import OBJECTS
 from pipetutor.faults import Fault
-from pipetutor.partition import METHODS, bounds_for, catalog
+from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
 from pipetutor.schedules import SCHEDULES, build
 
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
@@ -30,7 +30,8 @@ class Plan:
     Attributes:
         stages: pipeline stages P; 0 for the data-parallel baseline.
         batch: the batch arithmetic.
-        bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
+        bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline, and for ``profile`` until
+            ``pipetutor.profile.cut`` has chosen them.
         layers: class name of each layer; empty for the baseline.
         backend: ``nccl`` or ``gloo``.
         engine: ``deepspeed`` or ``torch``.
@@ -109,7 +110,7 @@ def preflight(
         steps: train batches to run.
         model: a model of ``partition.catalog()``.
         dataset: ``cifar10`` or ``synthetic``.
-        partition: see ``partition.bounds_for``.
+        partition: see ``partition.bounds_for``; ``profile`` is checked, and left to ``pipetutor.profile.cut``.
         config: a whole DeepSpeed config, from ``read_config``.
         backend: ``nccl``, ``gloo`` or None: nccl where CUDA can serve every rank, else gloo.
         gpus: CUDA devices of this host.
@@ -159,7 +160,10 @@ def preflight(
         raise ValueError(
             f"chunks is {chunks}, but {schedule} gives each rank one stage: schedule='interleaved_1f1b' takes more"
         )
-    bounds = bounds_for(layers, stages * chunks, partition) if stages else []
+    profiled = stages > 0 and partition == PROFILE
+    if profiled:
+        check_stages(layers, stages * chunks)
+    bounds = bounds_for(layers, stages * chunks, partition) if stages and not profiled else []
     zero_stage = natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
     if stages and zero_stage >= 2:
         raise ValueError(
@@ -185,6 +189,9 @@ def preflight(
             + ("use at most " + str(gpus) + " ranks, or " if gpus else "")
             + "leave the backend out (or --backend gloo) to run on the CPU"
         )
+    chosen = backend or ("nccl" if gpus >= local_ranks else "gloo")
+    if profiled:
+        _check_is_measured(chosen, config)
     done = 0
     if resume is not None or save_every is not None:
         _check_optimizer_can_be_saved(config, zero_stage)
@@ -220,13 +227,25 @@ def preflight(
         batch=batch,
         bounds=bounds,
         layers=[layer.kind for layer in layers] if stages else [],
-        backend=backend or ("nccl" if gpus >= local_ranks else "gloo"),
+        backend=chosen,
         engine=engine,
         schedule=schedule,
         chunks=chunks,
         done=done,
         notice=notice,
     )
+
+
+def _check_is_measured(backend: str, config: dict[str, Any]) -> None:
+    """Refuse to cut by the times of another device or number format than the run's."""
+    if backend == "nccl":
+        raise ValueError(
+            "partition 'profile' measures layers on the CPU, and this run computes on GPUs, where they take other "
+            "times: use parameters, bounds of your own, or the CPU (--backend gloo)"
+        )
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled"):
+            raise ValueError(f"partition 'profile' measures fp32, and the config enables {name}: give up one of them")
 
 
 def _check_optimizer_can_be_saved(config: dict[str, Any], zero_stage: int) -> None:

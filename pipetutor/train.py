@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipetutor import checkpoint, faults, records
+from pipetutor import checkpoint, faults, profile, records
 from pipetutor.batch import explain
 from pipetutor.config import DTYPES, read_config
 from pipetutor.data import cifar_testset, cifar_trainset
@@ -30,11 +31,12 @@ from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
 from pipetutor.machine import cpu_cores, gpu_count, versions
-from pipetutor.partition import METHODS
+from pipetutor.partition import METHODS, PROFILE
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
 from pipetutor.schedules import SCHEDULES
 from pipetutor.torch_engine import TorchPipeline
 from pipetutor.trace import Recorder
+from pipetutor.watch import RunFailed
 from pipetutor.weights import load_weights
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
@@ -89,11 +91,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return deepspeed.add_config_arguments(parser).parse_args(argv)
 
 
+def _local_ranks() -> int:
+    """Return how many ranks of the job this host has."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the arguments against this job and this host; see ``preflight``."""
     return preflight(
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
-        local_ranks=int(os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))),
+        local_ranks=_local_ranks(),
         stages=args.pipeline_parallel_size,
         steps=args.steps,
         model=args.model,
@@ -211,6 +218,17 @@ def _relaunch(args: argparse.Namespace) -> None:
     os.execve(sys.executable, command, env)
 
 
+def _cut_of_first(plan: Plan) -> Plan:
+    """Return the plan with the first rank's bounds.
+
+    Each host has a cache of its own and may have measured other times, and ranks that cut differently would wait for
+    each other for ever. So only the first rank looks, and tells the others.
+    """
+    bounds = [plan.bounds]
+    dist.broadcast_object_list(bounds, src=0)
+    return replace(plan, bounds=bounds[0])
+
+
 def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
     """Say in run.json what this run is; a directory that held another run is taken over."""
     command = f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {shlex.join(sys.argv[1:])}"
@@ -253,7 +271,10 @@ def main() -> None:
         if args.run_dir:
             args.run_dir.mkdir(parents=True, exist_ok=True)
             Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
-    except (ValueError, OSError) as error:
+        profiled, table = stages > 0 and args.partition == PROFILE, ""
+        if profiled and rank == 0:  # the others wait for it to join
+            plan, table = profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)
+    except (ValueError, OSError, RunFailed) as error:
         if rank == 0:
             print(f"pipetutor: {error}", file=sys.stderr)
         sys.exit(2 if rank == 0 else 0)
@@ -263,17 +284,12 @@ def main() -> None:
         deepspeed.init_distributed(dist_backend=plan.backend)
         if plan.backend == "nccl":
             torch.cuda.set_device(args.local_rank)
-        say(
-            explain(
-                read_config(args.deepspeed_config, args.dtype),
-                stages,
-                plan.batch.replicas,
-                args.schedule,
-                args.chunks,
-            )
-        )
-        if plan.notice:
-            say(plan.notice)
+        config = read_config(args.deepspeed_config, args.dtype)
+        say(explain(config, stages, plan.batch.replicas, args.schedule, args.chunks))
+        for line in filter(None, [plan.notice, table]):
+            say(line)
+        if profiled:
+            plan = _cut_of_first(plan)
         if args.run_dir and rank == 0:
             _begin_record(args, plan)
         if stages:

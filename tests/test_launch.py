@@ -17,8 +17,8 @@ import pytest
 from conftest import SMALL, processes_of
 
 from pipetutor import Run, RunFailed, launch, records
-from pipetutor.launch import watch
 from pipetutor.records import STEPS, read_lines
+from pipetutor.watch import watch
 
 ENDS_WITHIN = 10
 

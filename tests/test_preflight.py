@@ -48,6 +48,11 @@ def test_a_good_run_is_planned():
         (dict(model="resnet18"), ["resnet18", "try"]),
         (dict(dataset="cifar100"), ["cifar100", "try 'cifar10'"]),
         (dict(partition="best"), ["'best'", "parameters, uniform"]),
+        (dict(partition="profile", gpus=2), ["CPU", "on GPUs", "--backend gloo"]),
+        (dict(partition="profile", backend="nccl", gpus=4), ["CPU", "on GPUs", "--backend gloo"]),
+        (dict(partition="profile", config=GOOD["config"] | {"bf16": {"enabled": True}}), ["fp32", "bf16"]),
+        (dict(partition="profile", ranks=9, stages=9), ["9 stages", "only 8 ", "1 to 8"]),
+        (dict(TORCH, partition="profile", schedule="interleaved_1f1b", chunks=5), ["10 stages", "1 to 8"]),
         (dict(partition="type:("), ["type:(", "not a regular expression"]),
         (dict(partition="type:lstm"), ["matches 0 layers", "2 stages", "Linear"]),
         (dict(partition="1,16,22"), ["1,16,22", "start at 0", "22", "0,11,22"]),
@@ -109,6 +114,11 @@ def test_bad_input_is_refused_with_both_numbers(change, words):
     for word in words:
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_measured_cut_is_left_open():
+    for good in ({}, {"gpus": 2, "backend": "gloo"}, {"gpus": 1}, {"stages": 0, "gpus": 2}):
+        assert preflight(**(GOOD | {"partition": "profile"} | good)).bounds == []
 
 
 def test_zero_2_is_fine_without_a_pipeline():
