@@ -7,7 +7,7 @@ EXECUTED := $(addprefix build/notebooks/,$(NOTEBOOKS))
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run test prove lab html clean
+.PHONY: run test prove bench lab html clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -32,6 +32,9 @@ test: $(READY)
 
 prove: $(READY)
 	$(VENV)/bin/python -m pytest -m slow -s
+
+bench: $(READY)
+	$(VENV)/bin/python -m pipetutor.bench
 
 lab: $(READY)
 	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_first_pipeline.ipynb

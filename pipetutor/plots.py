@@ -180,3 +180,50 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes.minorticks_off()
     plain(axes)
     return figure
+
+
+def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str, float]] | None = None) -> Figure:
+    """Draw how fast each rival of a bench is: a bar up to the median, a line from the slowest run to the fastest.
+
+    The limit is a dashed line through all of them.
+
+    Args:
+        summary: of a ``pipetutor.bench.Bench``.
+        growth: of the same; drawn beside, where it was measured.
+    """
+    rivals = [row for row in summary if row["rival"] != "limit"]
+    bound = next((row["median"] for row in summary if row["rival"] == "limit"), None)
+    figure = Picture(figsize=(9.5, 1.1 + 0.4 * len(rivals)), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if growth else 1, squeeze=False, width_ratios=[3, 2] if growth else None)[0]
+    for place, row in enumerate(rivals):
+        ours = row["rival"] == "pipeline"
+        axes.barh(place, row["median"], 0.6, color=COLOURS[1 if ours else 0], hatch=HATCHES[ours], edgecolor="white")
+        axes.hlines(place, row["minimum"], row["maximum"], color="black", linewidth=2)
+        axes.text(row["maximum"], place, f"  {row['median']:.1f}", va="center", fontsize=9)
+    if bound is not None:
+        axes.axvline(bound, color="black", linestyle="--", linewidth=1)
+        axes.text(bound, -0.6, f"limit {bound:.1f}", ha="center", va="bottom", fontsize=9)
+    axes.set_yticks(range(len(rivals)), [row["title"] for row in rivals], fontsize=9)
+    axes.set_ylim(len(rivals) - 0.5, -0.6)
+    axes.set_xlim(0, 1.12 * max(row["maximum"] for row in summary))
+    axes.set_xlabel("images a second")
+    plain(axes)
+    if growth:
+        _growth(beside[0], growth)
+    return figure
+
+
+def _growth(axes: Axes, growth: Mapping[int, Mapping[str, float]]) -> None:
+    middles = [row["median"] for row in growth.values()]
+    ends = [[abs(row["median"] - row[end]) for row in growth.values()] for end in ("minimum", "maximum")]
+    axes.errorbar(list(growth), middles, ends, color=COLOURS[1], marker="o", label="ours")
+    if all("limit" in row for row in growth.values()):
+        limits = [row["limit"] for row in growth.values()]
+        axes.plot(list(growth), limits, "--", color="black", linewidth=1, label="limit")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(growth), [str(count) for count in growth])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("micro-batches M")
+    axes.legend(frameon=False, fontsize=9)
+    plain(axes)

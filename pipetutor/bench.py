@@ -1,0 +1,266 @@
+"""How fast is it? The reference example, this workbook, torch's own pipeline and others, in one run.
+
+    python -m pipetutor.bench
+
+All train the same AlexNet on the same images with the same Adam; their losses are compared as well, since a rival
+that computes something else is no rival. Who they are is in ``pipetutor.contest``, what they run in
+``pipetutor.rivals``. Nothing here loads torch.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipetutor import fetch, machine, records
+from pipetutor.batch import natural
+from pipetutor.config import read_config
+from pipetutor.contest import CUT, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
+from pipetutor.launch import RunFailed, watch
+from pipetutor.preflight import preflight
+
+FILE = "bench.json"
+TOLERANCE = 1e-4  # of a loss, over the first steps; two threads add up in another order than one
+GIGABYTES = 5.0  # measured: two ranks that each train all of AlexNet
+
+
+def limit(rate: float, micro_batches: int) -> float:
+    """Return the images a second that P ranks of a pipeline could reach, if messages took no time.
+
+    P ranks train a whole model each, on their share of the cores and at the same time, and each reaches ``rate``.
+    1F1B leaves a rank M/(M+P-1) of a step to compute in, where stages are even.
+
+    Args:
+        rate: images a second of one of them.
+        micro_batches: M.
+
+    >>> round(limit(28.0, 16), 1)
+    52.7
+    """
+    return STAGES * rate * micro_batches / (micro_batches + STAGES - 1)
+
+
+def _middle(rates: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(rates), "minimum": min(rates), "maximum": max(rates)}
+
+
+def _difference(runs: Iterable[Sequence[float]], base: Sequence[float]) -> float:
+    """Return the largest difference of a loss from that of the same step in ``base``; a NaN counts as infinite."""
+    found = [abs(a - b) for losses in runs for a, b in zip(losses, base, strict=False)]
+    return max(float("inf") if difference != difference else difference for difference in found)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        rows: a dict for each run; see ``pipetutor.contest.compete``.
+        directory: where ``bench.json`` holds the same.
+    """
+
+    rows: list[dict[str, Any]] = field(repr=False)
+    directory: Path
+
+    def _runs(self, part: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["part"] == part]
+
+    @property
+    def summary(self) -> list[dict[str, Any]]:
+        """One dict a rival.
+
+        It has ``rival``, ``title``, ``median``, ``minimum`` and ``maximum`` in images a second, ``to_reference`` and
+        ``to_ours``, the ratios of medians (None where that rival was left out), and ``difference``, the largest of
+        a loss from that of the first rival.
+        """
+        runs = self._runs("rivals")
+        found: list[dict[str, Any]] = []
+        for name, rival in RIVALS.items():
+            own = [row for row in runs if row["rival"] == name]
+            if own:
+                rates = [limit(row["rate"], row["micro_batches"]) if name == "limit" else row["rate"] for row in own]
+                difference = _difference([row["losses"] for row in own], runs[0]["losses"])
+                found.append({"rival": name, "title": rival.title, **_middle(rates), "difference": difference})
+        medians = {row["rival"]: row["median"] for row in found}
+        for row in found:
+            for ratio, base in {"to_reference": "reference", "to_ours": "pipeline"}.items():
+                row[ratio] = row["median"] / medians[base] if base in medians else None
+        return found
+
+    @property
+    def growth(self) -> dict[int, dict[str, float]]:
+        """Ours for each M: median, minimum, maximum and, if measured, limit; empty unless it was asked for."""
+        alone = [row["rate"] for row in self._runs("rivals") if row["rival"] == "limit"]
+        found: dict[int, dict[str, float]] = {}
+        for count in MICRO_BATCHES:
+            rates = [row["rate"] for row in self._runs("growth") if row["micro_batches"] == count]
+            if rates:
+                found[count] = _middle(rates)
+                found[count] |= {"limit": limit(statistics.median(alone), count)} if alone else {}
+        return found
+
+    @property
+    def latency(self) -> dict[str, float]:
+        """Seconds from the call of ``launch`` to the beginning of its first step; empty unless it was asked for."""
+        found = [row["latency"] for row in self._runs("latency")]
+        return _middle(found) if found else {}
+
+    @property
+    def others(self) -> float:
+        """How many cores other programs kept busy during the run that they disturbed most."""
+        return max(row["others"] for row in self._runs("rivals"))
+
+    @property
+    def wrong(self) -> list[str]:
+        """The rivals whose losses are not those of the first."""
+        return [row["rival"] for row in self.summary if row["difference"] > TOLERANCE]
+
+    def __str__(self) -> str:
+        """Return the table, and what is to be said of it."""
+        lines = [_HEAD, *map(_line, self.summary)]
+        for count, row in self.growth.items():
+            bound = f", limit {row['limit']:.1f}" if "limit" in row else ""
+            lines.append(f"ours with M = {count:2}: {_range(row)} images/s{bound}")
+        if self.latency:
+            lines.append(f"launch, from the call to the first step: {_range(self.latency)} s")
+        if self.others > 0.1:
+            lines.append(f"other programs kept up to {self.others:.1f} cores busy: measure again on a quiet machine")
+        first = self.rows[0]["rival"]
+        lines += [f"FAILED: the losses of {name} are not those of {first}" for name in self.wrong]
+        return "\n".join(lines)
+
+
+_HEAD = f"{'images/s':32} {'median':>7} {'min':>7} {'max':>7} {'/ reference':>12} {'/ ours':>7}   loss off by"
+
+
+def _range(row: dict[str, float]) -> str:
+    return f"{row['median']:.1f} ({row['minimum']:.1f} to {row['maximum']:.1f})"
+
+
+def _line(row: dict[str, Any]) -> str:
+    numbers = " ".join(f"{row[name]:7.1f}" for name in ("median", "minimum", "maximum"))
+    ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("to_reference", "to_ours")]
+    return f"{row['title']:32} {numbers} {ratios[0]:>12} {ratios[1]:>7}   {row['difference']:.1e}"
+
+
+def bench(
+    rivals: Sequence[str] = tuple(RIVALS),
+    *,
+    train_batch: int = 128,
+    micro_batch: int = 8,
+    steps: int = 10,
+    repetitions: int = 3,
+    more: bool = False,
+    runs_dir: str | Path = "runs",
+) -> Bench:
+    """Let rivals train one after another, in processes of their own; nothing is left running.
+
+    Args:
+        rivals: names of ``pipetutor.contest.RIVALS``; the losses are compared with those of the first.
+        train_batch: images in a step.
+        micro_batch: images in a micro-batch.
+        steps: of the first repetition, whose losses are compared; the later ones are shorter.
+        repetitions: how often each rival runs.
+        more: also how ours grows with the number of micro-batches, and how long ``launch`` takes to start.
+        runs_dir: where the directory with ``bench.json`` is made.
+
+    Returns:
+        What was measured; print it for its table.
+
+    Raises:
+        ValueError: something asked for cannot work; nothing was started.
+        RunFailed: a rival failed.
+
+    >>> print(bench(["reference", "pipeline"]))  # doctest: +SKIP
+    """
+    for name in rivals or [""]:
+        if name not in RIVALS:
+            raise ValueError(f"unknown rival {name!r}: there is {', '.join(RIVALS)}")
+    if len(set(rivals)) < len(rivals):
+        raise ValueError(f"rivals are {', '.join(rivals)}, but each can take part once")
+    natural("repetitions", repetitions, 1, example=3)
+    natural("steps", steps, WARM_UP + 1, example=10)
+    config = read_config({"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch})
+    for stages in (STAGES, 0):  # a pipeline, and as many replicas
+        preflight(
+            ranks=STAGES,
+            stages=stages,
+            steps=steps,
+            model="alexnet",
+            dataset="synthetic",
+            partition=CUT,
+            config=config,
+            backend=None,
+            gpus=machine.gpu_count(),
+            seed=SEED,
+        )
+    if train_batch // micro_batch < STAGES:
+        raise ValueError(
+            f"train batch {train_batch} is {train_batch // micro_batch} micro-batch of {micro_batch}, but torch's "
+            f"1F1B needs one for each of {STAGES} stages: use a train batch of at least {STAGES * micro_batch}"
+        )
+    free = psutil.virtual_memory().available / 2**30
+    if free < GIGABYTES:
+        raise ValueError(f"the bench takes {GIGABYTES:.0f} GiB of memory, and {free:.1f} are free: close programs")
+    fetch.prepare("synthetic", fetch.DATA_DIR)
+    directory = records.create(Path(runs_dir), "bench")
+    (directory / "logs").mkdir()
+    asked = {
+        "rivals": list(rivals),
+        "train_batch": train_batch,
+        "micro_batch": micro_batch,
+        "steps": steps,
+        "repetitions": repetitions,
+        "more": more,
+    }
+    command = [sys.executable, "-m", "pipetutor.contest", str(directory), json.dumps(asked)]
+    total = repetitions * (len(rivals) + (len(MICRO_BATCHES) + 1) * more)
+    lines = directory / "rows.jsonl"
+    report = watch(command, directory, 0, float("inf"), lines, total, "runs", _brief)
+    if report["code"] != 0:
+        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
+        raise RunFailed(f"the bench ended with status {report['code']}:\n{log[-2000:]}")
+    found = Bench(list(records.read_lines(lines)), directory)
+    measured = {name: getattr(found, name) for name in ("summary", "growth", "latency", "others", "wrong", "rows")}
+    about = {"asked": asked, "machine": machine.check(), "warm_up": WARM_UP, "steps_of_later_repetitions": LATER}
+    records.write_json(directory / FILE, about | measured)
+    return found
+
+
+def _brief(row: dict[str, Any]) -> str:
+    if row["part"] == "latency":
+        return f"launch {row['latency']:.1f} s"
+    return f"{row['rival']} {row['rate']:.1f} images/s"
+
+
+def main() -> None:
+    """Run ``bench`` from the command line; status 1 if losses differ or a rival fails, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="pipetutor.bench", description="how fast is it, and compared to what?")
+    parser.add_argument("--rivals", default=",".join(RIVALS), help="default %(default)s")
+    parser.add_argument("--train-batch", type=int, default=128, help="images in a step (default %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="images in a micro-batch (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="whose losses are compared (default %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--more", action="store_true", help="also growth with M, and how long launch takes to start")
+    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
+    args = vars(parser.parse_args())
+    try:
+        found = bench(args.pop("rivals").split(","), **args)
+    except (ValueError, RunFailed) as error:
+        print(f"pipetutor: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(found)
+    print(f"written to {found.directory / FILE}")
+    sys.exit(1 if found.wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

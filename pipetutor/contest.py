@@ -1,0 +1,192 @@
+"""The runs of the bench, one after another: which rivals there are, how each is started, what it took.
+
+    python -m pipetutor.contest DIRECTORY JSON
+
+``pipetutor.bench`` starts it under the supervisor. Repetitions are interleaved, a b c a b c, so that what slows the
+machine down for a minute slows down every rival. Each run has processes of its own, which are started as DeepSpeed's
+launcher starts them, without the seconds that it takes to load DeepSpeed for itself. No torch is loaded here.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipetutor import launch, machine, records
+from pipetutor.config import read_config
+from pipetutor.launch import free_port
+
+STAGES = 2
+CUT = "0,16,22"  # the best known for two ranks on two cores
+SEED = 1138
+MICRO_BATCHES = (1, 2, 4, 8, 16)  # of the runs that show how throughput grows
+WARM_UP = 2  # steps: memory is allocated, shapes are agreed on
+LATER = 2  # steps that are measured in the repetitions after the first, which runs as many as losses are compared
+PATIENCE_SECONDS = 600
+DEFAULTS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Who takes part.
+
+    Attributes:
+        title: what it is, in a few words.
+        ranks: processes.
+        prepared: whether it runs in the environment of our ranks (``machine.prepare_rank``), or in that which
+            DeepSpeed's launcher or torchrun's users find: torch's own number of threads, no huge pages.
+        stages: pipeline stages, for what ``pipetutor.train`` runs; None where ``pipetutor.rivals`` does.
+    """
+
+    title: str
+    ranks: int = STAGES
+    prepared: bool = True
+    stages: int | None = None
+
+
+RIVALS = {
+    "reference": Rival("reference example, as it is", prepared=False),
+    "pipeline": Rival(f"ours, cut {CUT}", stages=STAGES),
+    "torch_default": Rival("torch 1F1B, default environment", prepared=False),
+    "torch": Rival("torch 1F1B, our environment"),
+    "data_parallel": Rival(f"DeepSpeed data-parallel, {STAGES} ranks", stages=0),
+    "plain": Rival("plain PyTorch, one process", ranks=1),
+    "limit": Rival("limit: no transfer, no waiting"),
+}
+
+
+def environment(rival: Rival, rank: int, port: int) -> dict[str, str]:
+    """Return what one rank finds in its environment; what the user has set of ``DEFAULTS`` is left out.
+
+    Args:
+        rival: whose rank.
+        rank: its number.
+        port: where the ranks meet.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+    env |= {"RANK": str(rank), "WORLD_SIZE": str(rival.ranks), "LOCAL_SIZE": str(rival.ranks)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if machine.gpu_count() < STAGES:  # the same device for everybody
+        env["DS_ACCELERATOR"] = "cpu"
+    if rival.prepared:
+        machine.prepare_rank(env, [])
+    if rival.stages is not None:
+        env["LOCAL_RANK"] = str(rank)
+    return env
+
+
+def command(name: str, directory: Path, steps: int) -> list[str]:
+    """Return what a rank of a rival executes.
+
+    Args:
+        name: a key of ``RIVALS``.
+        directory: of the run; holds config.json.
+        steps: to train.
+    """
+    stages = RIVALS[name].stages
+    if stages is None:
+        return [sys.executable, "-u", "-m", "pipetutor.rivals", name, str(directory), str(steps)]
+    flags = {"-p": stages, "-s": steps, "--seed": SEED, "--dropout": 0, "--partition": CUT, "--run-dir": directory}
+    flags["--deepspeed_config"] = directory / "config.json"
+    if machine.gpu_count() < STAGES:
+        flags["--backend"] = "gloo"
+    words = [str(word) for flag in flags.items() for word in flag]
+    return [sys.executable, "-u", "-m", "pipetutor.train", *words]
+
+
+def _busy() -> tuple[float, float]:
+    """Return the seconds that this machine's cores have worked, and what our own processes took of them."""
+    times, own = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(times) - times.idle - times.iowait, own.ru_utime + own.ru_stime
+
+
+def compete(name: str, directory: Path, steps: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Run one rival once.
+
+    Args:
+        name: a key of ``RIVALS``.
+        directory: of the run; made here.
+        steps: to train; the first ``WARM_UP`` are not counted.
+        config: DeepSpeed's.
+
+    Returns:
+        ``rate`` in images a second, of the median step; ``losses`` and ``seconds`` of each step; ``others``, the
+        cores that other programs kept busy meanwhile.
+
+    Raises:
+        RuntimeError: a rank failed, or the run did not end in time; ranks may be left running.
+    """
+    rival, port = RIVALS[name], free_port()
+    directory.mkdir(parents=True)
+    records.write_json(directory / "config.json", config)
+    begin, (busy, own) = time.monotonic(), _busy()
+    ranks = []
+    for rank in range(rival.ranks):
+        with open(directory / f"rank{rank}.log", "w") as log:
+            env = environment(rival, rank, port)
+            words = command(name, directory, steps)
+            ranks.append(subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT))
+    while any(codes := [rank.poll() for rank in ranks]) or None in codes:
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or time.monotonic() - begin > PATIENCE_SECONDS:
+            what = f"no end within {PATIENCE_SECONDS} s" if failed is None else f"rank {failed} failed"
+            said = (directory / f"rank{failed or 0}.log").read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{name}: {what}; the last words of rank {failed or 0}:\n{said}")
+        time.sleep(0.05)
+    lasted = time.monotonic() - begin
+    lines = list(records.read_lines(directory / records.STEPS))
+    seconds = [line["seconds"] for line in lines]
+    rate = config["train_batch_size"] / statistics.median(seconds[WARM_UP:])
+    busier, more = _busy()
+    others = max(0.0, (busier - busy) - (more - own)) / lasted
+    return {"rate": rate, "losses": [line["loss"] for line in lines], "seconds": seconds, "others": others}
+
+
+def latency(directory: Path) -> dict[str, Any]:
+    """Call ``launch`` once, and return the seconds from the call to the beginning of the first step."""
+    called = time.time()
+    config = {"train_batch_size": 16}
+    run = launch(STAGES, steps=1, config=config, partition=CUT, dropout=0, runs_dir=directory)
+    written = (run.directory / records.STEPS).stat().st_mtime
+    return {"latency": written - run.seconds[0] - called}
+
+
+def contest(
+    directory: Path, rivals: list[str], train_batch: int, micro_batch: int, steps: int, repetitions: int, more: bool
+) -> Iterator[dict[str, Any]]:
+    """Run all rivals, again and again, and yield a row for each run; see ``pipetutor.bench.bench``."""
+    for repetition in range(repetitions):
+        length = steps if repetition == 0 else min(steps, WARM_UP + LATER)
+        runs = [(name, "rivals", train_batch // micro_batch, length) for name in rivals]
+        runs += [("pipeline", "growth", count, WARM_UP + LATER) for count in MICRO_BATCHES if more]
+        for name, part, count, length in runs:
+            # The limit is one rank's rate, which fewer steps tell as well.
+            length = min(length, WARM_UP + LATER) if name == "limit" else length
+            config = read_config(
+                {
+                    "train_batch_size": count * micro_batch,
+                    "train_micro_batch_size_per_gpu": micro_batch,
+                    "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8}},
+                }
+            )
+            place = directory / "ranks" / f"{repetition}-{part}-{name}-{count}"
+            about = {"part": part, "rival": name, "micro_batches": count, "repetition": repetition}
+            yield about | compete(name, place, length, config)
+        if more:
+            yield {"part": "latency", "repetition": repetition} | latency(directory / "launched")
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    for row in contest(place, **json.loads(sys.argv[2])):
+        records.append(place / "rows.jsonl", row)
+    records.update(place, status="finished")

@@ -1,0 +1,239 @@
+"""The bench measures rivals that compute the same, says so when one does not, and is honest about the reference."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import processes_of
+from test_launch import wait_until
+
+from pipetutor import contest, plots
+from pipetutor.bench import Bench, bench, limit, main
+from pipetutor.launch import RunFailed
+
+TINY = {"train_batch": 4, "micro_batch": 2, "steps": 3, "repetitions": 1}
+FLAGS = ["--train-batch", "4", "--micro-batch", "2", "--steps", "3", "--repetitions", "1"]
+
+
+def row(rival, rate, losses=(2.0, 1.5), micro_batches=16, part="rivals", others=0.0):
+    return {
+        "part": part,
+        "rival": rival,
+        "rate": rate,
+        "losses": list(losses),
+        "micro_batches": micro_batches,
+        "others": others,
+    }
+
+
+ROWS = [
+    row("reference", 30.0),
+    row("pipeline", 44.0, [2.0, 1.50005]),
+    row("limit", 28.0, [2.0]),
+    row("reference", 20.0, [2.0]),
+    row("pipeline", 45.0),
+    row("limit", 24.0, [2.0]),
+    row("reference", 31.0),
+    row("pipeline", 40.0),
+    row("limit", 29.0, [2.0]),
+    *(
+        row("pipeline", rate, micro_batches=count, part="growth")
+        for count, rate in [(1, 20.0), (16, 41.0), (1, 22.0)]
+    ),
+    {"part": "latency", "latency": 9.0},
+    {"part": "latency", "latency": 12.0},
+    {"part": "latency", "latency": 10.0},
+]
+
+
+def test_the_limit_is_the_ranks_without_waiting():
+    assert limit(28.0, 16) == pytest.approx(2 * 28 * 16 / 17)
+    assert limit(28.0, 1) == pytest.approx(28.0), "one micro-batch: one rank works at a time"
+
+
+def test_medians_ratios_and_differences(tmp_path):
+    reference, ours, bound = Bench(ROWS, tmp_path).summary
+    assert [reference["median"], reference["minimum"], reference["maximum"]] == [30.0, 20.0, 31.0]
+    assert [ours["median"], ours["minimum"], ours["maximum"]] == [44.0, 40.0, 45.0]
+    assert ours["to_reference"] == pytest.approx(44 / 30) and ours["to_ours"] == 1.0
+    assert reference["to_ours"] == pytest.approx(30 / 44) and reference["difference"] == 0.0
+    assert ours["difference"] == pytest.approx(5e-5)
+    assert [bound[name] for name in ("median", "minimum", "maximum")] == [limit(r, 16) for r in (28.0, 24.0, 29.0)]
+
+
+def test_growth_and_latency(tmp_path):
+    found = Bench(ROWS, tmp_path)
+    assert found.growth == {
+        1: {"median": 21.0, "minimum": 20.0, "maximum": 22.0, "limit": 28.0},
+        16: {"median": 41.0, "minimum": 41.0, "maximum": 41.0, "limit": limit(28.0, 16)},
+    }
+    assert found.latency == {"median": 10.0, "minimum": 9.0, "maximum": 12.0}
+    said = str(found)
+    assert "ours with M =  1: 21.0 (20.0 to 22.0) images/s, limit 28.0" in said
+    assert "from the call to the first step: 10.0 (9.0 to 12.0) s" in said
+    assert "FAILED" not in said and "other programs" not in said
+    bare = Bench(ROWS[:2], tmp_path)
+    assert bare.growth == {} and bare.latency == {}
+
+
+@pytest.mark.parametrize("loss", [1.6, float("nan")])
+def test_a_rival_with_other_losses_is_named(tmp_path, loss):
+    found = Bench([*ROWS, row("plain", 99.0, [2.0, loss])], tmp_path)
+    assert found.wrong == ["plain"]
+    assert "FAILED: the losses of plain are not those of reference" in str(found)
+
+
+def test_a_busy_machine_is_mentioned(tmp_path):
+    assert "other programs kept up to 0.7 cores busy" in str(Bench([*ROWS, row("plain", 9.0, others=0.7)], tmp_path))
+
+
+def test_the_figure_has_a_bar_a_rival_and_the_limit(tmp_path):
+    found = Bench(ROWS, tmp_path)
+    axes, beside = plots.bench(found.summary, found.growth).axes
+    assert [bar.get_width() for bar in axes.patches] == [30.0, 44.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [r["title"] for r in found.summary[:2]]
+    assert any("limit 52.7" in text.get_text() for text in axes.texts)
+    assert list(beside.lines[0].get_ydata()) == [21.0, 41.0]
+    assert len(plots.bench(found.summary[:2]).axes) == 1
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"rivals": ["reference", "jax"]}, "unknown rival 'jax': there is reference, pipeline, torch_default"),
+        ({"rivals": []}, "unknown rival ''"),
+        ({"rivals": ["plain", "plain"]}, "each can take part once"),
+        ({"repetitions": 0}, "repetitions is 0, but must be a whole number of at least 1: 3, say"),
+        ({"steps": 2}, "steps is 2, but must be a whole number of at least 3: 10, say"),
+        ({"train_batch": 100}, "train batch 100 "),
+        ({"train_batch": 8}, "train batch 8 "),
+        ({"micro_batch": 0}, "train_micro_batch_size_per_gpu is 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(given, words, runs):
+    with pytest.raises(ValueError, match=words):
+        bench(**given, runs_dir=runs)
+    assert not runs.exists()
+
+
+def test_the_command_refuses_bad_input_with_status_2(tmp_path):
+    for flags, words in [(["--rivals", "jax"], "unknown rival 'jax'"), (["--steps", "x"], "invalid int value")]:
+        command = [sys.executable, "-m", "pipetutor.bench", *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and words in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_reference_gets_no_environment_of_ours(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, rival in contest.RIVALS.items():
+        env = contest.environment(rival, 0, 1)
+        assert ("THP_MEM_ALLOC_ENABLE" in env) == ("OMP_NUM_THREADS" in env) == rival.prepared, name
+
+
+# Loaded by every process of a run: notes each image that is transformed, threads, and the most huge pages seen; and
+# gives plain PyTorch other weights.
+OBSERVE = """
+import os, sys
+if "pipetutor.rivals" in sys.orig_argv:
+    import threading, time
+    from pathlib import Path
+    if "plain" in sys.orig_argv:
+        from pipetutor import contest
+        contest.SEED = 7
+    import torch
+    from torchvision import transforms
+    name = Path(__file__).with_name(f"{sys.orig_argv[-3]}-{os.environ['RANK']}")
+    resize = transforms.Resize.forward
+    def forward(self, image):
+        with name.with_suffix(".images").open("a") as file:
+            file.write("x")
+        return resize(self, image)
+    transforms.Resize.forward = forward
+    def sample():
+        most = 0
+        while True:
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            most = max(most, *(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")))
+            name.with_suffix(".seen").write_text(f"{torch.get_num_threads()} {most}")
+            time.sleep(0.1)
+    threading.Thread(target=sample, daemon=True).start()
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_tiny_bench(runs, monkeypatch):
+    """The reference is what its authors wrote, observed, not assumed; who computes something else is named."""
+    (runs.parent / "sitecustomize.py").write_text(OBSERVE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(runs.parent), os.environ.get("PYTHONPATH", "")]))
+    rivals = ["reference", "pipeline", "torch", "plain"]
+    command = [sys.executable, "-m", "pipetutor.bench", "--rivals", ",".join(rivals), *FLAGS, "--runs-dir", str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 1, done.stderr
+    assert "FAILED: the losses of plain are not those of reference" in done.stdout
+    assert done.stdout.count("FAILED") == 1
+    (directory,) = runs.iterdir()
+    content = json.loads((directory / "bench.json").read_text())
+    assert [r["rival"] for r in content["summary"]] == rivals and content["wrong"] == ["plain"]
+    assert all(r["difference"] <= 1e-6 for r in content["summary"][:3])
+    assert all(len(r["losses"]) == 3 and r["rate"] > 0 and r["others"] >= 0 for r in content["rows"])
+    assert content["asked"]["train_batch"] == 4 and len(set(content["rows"][0]["losses"])) == 3
+    log = next(directory.glob("ranks/*reference*/rank0.log")).read_text()
+    assert re.findall(r"stage=(\d) layers=(\d+)", log) == [("0", "19"), ("1", "3")]
+    images = {rank: len((runs.parent / f"reference-{rank}.images").read_text()) for rank in (0, 1)}
+    assert min(images.values()) >= 12, "12 images were trained on, and each end transforms all of them"
+    assert (runs.parent / "torch-0.images").exists() and not (runs.parent / "torch-1.images").exists()
+    seen = {p.stem: [int(n) for n in p.read_text().split()] for p in runs.parent.glob("*.seen")}
+    cores = len(os.sched_getaffinity(0))
+    for rank in (0, 1):
+        assert seen[f"reference-{rank}"][0] == cores and seen[f"torch-{rank}"][0] == max(1, cores // 2)
+        assert seen[f"reference-{rank}"][1] < 20_000, "kB of huge pages; what libraries take for themselves is little"
+    assert seen["torch-1"][1] > 200_000, "kB of huge pages, where they were asked for"
+    assert not processes_of(runs.parent)
+
+
+@pytest.mark.parametrize("loss, status", [(1.5, 0), (1.6, 1)])
+def test_the_status_says_whether_losses_agree(loss, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pipetutor.bench"])
+    monkeypatch.setattr(
+        "pipetutor.bench.bench", lambda *_, **__: Bench([*ROWS, row("plain", 9.0, [2, loss])], tmp_path)
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status
+
+
+def test_a_rival_that_fails_says_why(runs):
+    (runs.parent / "torchvision.py").write_text("raise RuntimeError('no eyes')")  # found before the real one
+    with pytest.raises(RunFailed, match=r"torch: rank . failed; the last words(.|\n)*RuntimeError: no eyes"):
+        bench(["torch"], **TINY, runs_dir=runs)
+    assert not processes_of(runs.parent)
+
+
+def test_an_interrupt_leaves_nothing_running(runs):
+    kernel = subprocess.Popen(
+        [sys.executable, "-m", "pipetutor.bench", "--rivals", "reference", *FLAGS, "--runs-dir", str(runs)],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+    )
+    try:
+        ranks = "-m pipetutor.rivals reference"
+        wait_until(lambda: sum(ranks in " ".join(p.cmdline()) for p in processes_of(runs)) >= 2, 40)
+        kernel.send_signal(signal.SIGINT)
+        assert kernel.wait(20) == 130
+    finally:
+        kernel.kill()
+        kernel.wait()
+    assert not processes_of(runs.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_rival_and_more(runs):
+    found = bench(**TINY, more=True, runs_dir=runs)
+    assert not found.wrong and len(found.summary) == len(contest.RIVALS), str(found)
+    assert set(found.growth) == set(contest.MICRO_BATCHES) and 1 < found.latency["median"] < 100
+    assert not processes_of(runs.parent)
