@@ -3,7 +3,7 @@
     RANK=0 WORLD_SIZE=2 ... python -m pipetutor.rivals reference DIRECTORY STEPS
 
 Each is what its users would write, and no more. All start from the same weights, see the same images in the same
-order and update with the same Adam, so their losses must agree. How ranks are started is in ``pipetutor.contest``.
+order and update with the same SGD, so their losses must agree. How ranks are started is in ``pipetutor.contest``.
 """
 
 import itertools
@@ -28,7 +28,6 @@ from torchvision.models import AlexNet
 from pipetutor import data, records
 from pipetutor.contest import CUT, SEED
 from pipetutor.fetch import DATA_DIR
-from pipetutor.heartbeat import Heartbeat
 from pipetutor.layers import build, join_layers
 from pipetutor.torch_engine import build_optimizer
 
@@ -91,9 +90,9 @@ class InOrder(Dataset[Any]):
 def reference_engine(task: Task) -> Any:
     """Do what ``train_pipe`` of DeepSpeedExamples' training/pipeline_parallelism/train.py does.
 
-    What is not the reference's: gloo and no ``torch.cuda.set_device`` where there is no GPU for every rank; torch's
-    Adam, since DeepSpeed's own would be compiled, with DeepSpeed's default decay; DeepSpeed's default clipping off,
-    dropout 0 and the order of images, so that losses can be compared.
+    What is not the reference's: gloo and no ``torch.cuda.set_device`` where there is no GPU for every rank; SGD (see
+    ``pipetutor.contest``), DeepSpeed's default clipping off, dropout 0 and the order of images, so that losses can be
+    compared.
     """
     torch.manual_seed(SEED)
     deepspeed.runtime.utils.set_random_seed(SEED)
@@ -106,13 +105,11 @@ def reference_engine(task: Task) -> Any:
         partition_method="parameters",
         activation_checkpoint_interval=0,
     )
-    optimizer = json.loads(json.dumps(task.config["optimizer"]))
-    optimizer["params"] |= {"torch_adam": True, "weight_decay": 0.0}
     engine, *_ = deepspeed.initialize(
         model=net,
         model_parameters=[p for p in net.parameters() if p.requires_grad],
         training_data=InOrder(_trainset(), task),
-        config=task.config | {"optimizer": optimizer, "gradient_clipping": 0.0},
+        config=task.config | {"gradient_clipping": 0.0},
     )
     return engine
 
@@ -122,7 +119,7 @@ def reference(task: Task) -> Step:
     return reference_engine(task).train_batch
 
 
-def torch_1f1b(task: Task, fused: bool = False) -> Step:
+def torch_1f1b(task: Task) -> Step:
     """Return the step of ``torch.distributed.pipelining`` over gloo or NCCL, with our cut.
 
     A step of torch takes a whole batch, so the first stage loads all of it first; the last one loads labels alone.
@@ -133,7 +130,7 @@ def torch_1f1b(task: Task, fused: bool = False) -> Step:
     module = nn.Sequential(*join_layers(build("alexnet", dropout=0))[bounds[rank] : bounds[rank + 1]]).to(_device())
     stage = PipelineStage(module, rank, last + 1, _device())
     schedule = Schedule1F1B(stage, task.micro_batches, loss_fn=nn.functional.cross_entropy)
-    optimizer = _optimizer(task, module, fused)
+    optimizer = build_optimizer(task.config, list(module.parameters()))
     batches = _batches(task, data.Labels(_trainset()) if rank else _trainset())
 
     def step() -> torch.Tensor:
@@ -156,7 +153,7 @@ def plain(task: Task) -> Step:
     """Return the step of one process without any pipeline; started several times, none knows of the others."""
     torch.manual_seed(SEED)
     model = build("alexnet", dropout=0).to(_device())
-    optimizer = _optimizer(task, model, fused=True)
+    optimizer = build_optimizer(task.config, list(model.parameters()))
     batches = _batches(task, _trainset())
 
     def step() -> torch.Tensor:
@@ -172,19 +169,10 @@ def plain(task: Task) -> Step:
     return step
 
 
-def _optimizer(task: Task, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    """Return our optimizer, or the same one as torch makes it when it is not asked for a fused one."""
-    params = task.config["optimizer"]["params"]
-    parameters = list(model.parameters())
-    return (
-        build_optimizer(task.config, parameters) if fused else torch.optim.AdamW(parameters, weight_decay=0, **params)
-    )
-
-
 RIVALS: dict[str, Callable[[Task], Step]] = {
     "reference": reference,
     "torch_default": torch_1f1b,
-    "torch": lambda task: torch_1f1b(task, fused=True),
+    "torch": torch_1f1b,
     "plain": plain,
     "limit": plain,
 }
@@ -211,11 +199,9 @@ def run(rival: str, directory: Path, steps: int) -> None:
     """
     config = json.loads((directory / "config.json").read_text())
     task = Task(steps, config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config)
-    heart = Heartbeat(directory, dist.get_rank())
     writer = records.StepWriter(directory if dist.get_rank() == 0 else None, task.train_batch)
     step = RIVALS[rival](task)
     for number in range(1, steps + 1):
-        heart.enter("training", number)
         if rival == "limit":
             dist.barrier()  # each step runs while the others run theirs
         begin = time.perf_counter()
