@@ -1,5 +1,6 @@
 """Why a run failed: which rank came first, what every rank was doing, and what the culprit said last."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -27,11 +28,13 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     # A rank that raised failed when it said so; one that was killed, when it ended.
     ends = [(raised.get(end["rank"], end)["time"], end["rank"], end["code"]) for end in report["ended"]]
     ends += [(failure["time"], rank, None) for rank, failure in raised.items() if rank not in {e[1] for e in ends}]
-    bad = sorted((when, rank, code) for when, rank, code in ends if code or rank in raised)
+    bad = sorted(
+        (_complains(raised.get(rank)), when, rank, code) for when, rank, code in ends if code or rank in raised
+    )
     log = directory / "logs" / "launcher.log"
     head = f"the launcher ended with status {report['code']}"
     if bad:
-        _, rank, code = bad[0]
+        *_, rank, code = bad[0]
         log = records.log_path(directory, rank) or log
         if code is not None and code < 0:
             how = f"killed by {signal.Signals(-code).name} (exit code {code})"
@@ -42,6 +45,11 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     last = [line for line in text.splitlines() if line.strip()][-15:]
     lines = [head, *_doing(list(beats.values())), f"its last lines, from {log}:", *(f"    {line}" for line in last)]
     return "\n".join(lines)
+
+
+def _complains(failure: dict[str, Any] | None) -> bool:
+    """Say whether a rank raised because another one was gone; it may say so before that one's end is noticed."""
+    return failure is not None and re.search(r"[Cc]onnection (reset|closed) by", failure["error"]) is not None
 
 
 def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import SMALL_SGD, RankFailed, processes_of, train
 
-from pipetutor import RunFailed, launch
+from pipetutor import RunFailed, launch, records
 from pipetutor.diagnosis import diagnose
 from pipetutor.faults import Fault
 from pipetutor.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
@@ -88,6 +88,16 @@ def test_a_rank_that_never_came_is_named(tmp_path):
     waiting = {"rank": 0, "phase": "starting"}
     said = diagnose(tmp_path, {"stalled": [waiting], "deadline": 9, "ranks": 2})
     assert said.startswith("no step was completed in 9 s: rank 1 did not start\n    rank 0: starting, since")
+
+
+def test_a_complaint_of_a_lost_connection_comes_after_its_cause(tmp_path):
+    """The neighbour of a killed rank may say so before the supervisor has seen the killed one end."""
+    (tmp_path / "logs").mkdir()
+    lost = RuntimeError("[pair.cc:545] Read error [127.0.0.1]:19894: Connection reset by peer.")
+    records.write_failure(tmp_path, 0, lost, "")
+    ended = [{"rank": 1, "pid": 2, "time": time.time() + 1, "code": -9}]
+    report = {"code": 1, "cancelled": False, "ended": ended, "deadline": 300, "ranks": 2, "stalled": None}
+    assert diagnose(tmp_path, report).startswith("rank 1 failed first: killed by SIGKILL (exit code -9)")
 
 
 @pytest.mark.parametrize("phase, stands", [("training", True), ("saving", False), ("finished", False)])

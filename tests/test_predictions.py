@@ -57,19 +57,31 @@ def test_four_stages(runs):
     assert theory.bubble == pytest.approx(timeline.bubble, abs=0.1)
 
 
+@pytest.mark.timeout(300)
 def test_two_stages_of_alexnet(runs):
-    """DeepSpeed's 1F1B and torch's GPipe, from the costs of layers that were measured by themselves."""
+    """DeepSpeed's 1F1B and torch's GPipe, from the costs of layers that were measured by themselves.
+
+    Costs and runs are measured in turns; where something else is at work on the machine in the first round, the
+    median of three counts.
+    """
     common = ["-s", 6, "--trace", "--dropout", 0, "--partition", "0,16,22"]
     config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
-    measured = costs.measure(dropout=0.0, runs_dir=runs / "costs")
-    stage_costs = measured.for_bounds([0, 16, 22], micro_batches=8)
-    for name, streams, flags in (
-        ("1f1b", deepspeeds(2, 8), []),
-        ("gpipe", build("gpipe", 2, 8), ["--engine", "torch", "--schedule", "gpipe"]),
-    ):
-        run = train(runs / name, *common, *flags, stages=2, config=config)
-        timeline = trace.load(run).typical.timeline
-        theory = simulate(streams, stage_costs)
-        ratio = theory.seconds / timeline.seconds
-        print(f"\n{name}: predicted {theory.seconds:.2f} s, measured {timeline.seconds:.2f} s, ratio {ratio:.3f}")
-        assert abs(ratio - 1) < WITHIN, name
+    cases = {
+        "1f1b": (deepspeeds(2, 8), []),
+        "gpipe": (build("gpipe", 2, 8), ["--engine", "torch", "--schedule", "gpipe"]),
+    }
+    ratios = {name: [] for name in cases}
+    for turn in range(3):
+        measured = costs.measure(dropout=0.0, runs_dir=runs / "costs").for_bounds([0, 16, 22], micro_batches=8)
+        for name, (streams, flags) in cases.items():
+            run = train(runs / f"{name}{turn}", *common, *flags, stages=2, config=config)
+            seconds = trace.load(run).typical.timeline.seconds
+            theory = simulate(streams, measured)
+            ratios[name].append(theory.seconds / seconds)
+            print(
+                f"\n{name}: predicted {theory.seconds:.2f} s, measured {seconds:.2f} s, ratio {ratios[name][-1]:.3f}"
+            )
+        medians = {name: statistics.median(found) for name, found in ratios.items()}
+        if turn != 1 and all(abs(ratio - 1) < WITHIN for ratio in medians.values()):
+            break
+    assert medians == {name: pytest.approx(1, abs=WITHIN) for name in cases}
