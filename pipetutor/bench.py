@@ -22,8 +22,8 @@ from pipetutor import fetch, machine, records
 from pipetutor.batch import natural
 from pipetutor.config import read_config
 from pipetutor.contest import CUT, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
-from pipetutor.launch import RunFailed, watch
 from pipetutor.preflight import preflight
+from pipetutor.watch import RunFailed, ending_with_a_status, watch
 
 FILE = "bench.json"
 TOLERANCE = 1e-4  # of a loss; rounding makes 1e-6, and gradients that are 4 times too large 2e-3
@@ -250,13 +250,8 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="also growth with M, and how long launch takes to start")
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     args = vars(parser.parse_args())
-    try:
+    with ending_with_a_status():
         found = bench(args.pop("rivals").split(","), **args)
-    except (ValueError, RunFailed) as error:
-        print(f"pipetutor: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(found)
     print(f"written to {found.directory / FILE}")
     sys.exit(1 if found.wrong else 0)

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from pipetutor import fetch, records
-from pipetutor.watch import RunFailed, watch
+from pipetutor.watch import RunFailed, ending_with_a_status, watch
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")
@@ -164,13 +164,8 @@ def main() -> None:
     parser.add_argument("--stages", type=numbers, default=[1, 2, 3, 4], help="default 1,2,3,4")
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     args = parser.parse_args()
-    try:
+    with ending_with_a_status():
         certificate = certify(args.models.split(","), args.stages, runs_dir=args.runs_dir)
-    except (ValueError, RunFailed) as error:
-        print(f"pipetutor: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

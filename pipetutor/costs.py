@@ -22,7 +22,7 @@ from pipetutor.config import read_config
 from pipetutor.partition import Layer, bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.simulate import Costs
-from pipetutor.watch import RunFailed, watch
+from pipetutor.watch import RunFailed, ending_with_a_status, watch
 
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
@@ -282,13 +282,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     args = parser.parse_args()
-    try:
+    with ending_with_a_status():
         costs = measure(args.model, args.micro_batch, args.ranks, dropout=args.dropout, runs_dir=args.runs_dir)
-    except (ValueError, RunFailed) as error:
-        print(f"pipetutor: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(costs)
     print(f"written to {costs.directory / FILE}")
 

@@ -10,7 +10,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ def watch(
     if not output:
         raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
     return json.loads(output)
+
+
+@contextlib.contextmanager
+def ending_with_a_status() -> Iterator[None]:
+    """End a command with status 2 for bad input and 1 for a failed run, with one line, and 130 when interrupted."""
+    try:
+        yield
+    except (ValueError, RunFailed) as error:
+        print(f"pipetutor: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextlib.contextmanager
