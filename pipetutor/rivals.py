@@ -212,6 +212,7 @@ def run(rival: str, directory: Path, steps: int) -> None:
             seconds /= dist.get_world_size()
         writer.write(number, loss, float(seconds))
     dist.barrier()
+    dist.destroy_process_group()  # its threads, still there when the process ends, can end it with SIGABRT
 
 
 if __name__ == "__main__":
