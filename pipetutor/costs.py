@@ -40,7 +40,7 @@ class LayerCost:
         backward_input: seconds for the gradient of its input; 0 where nobody needs it, as for images.
         backward_weight: seconds for the gradients of its parameters, added to those of earlier micro-batches.
         first_saving: seconds that ``backward_weight`` takes less in the first micro-batch of a step, which adds
-            to nothing.
+            to nothing; negative where it takes more, for memory that later ones find there.
         parameters: trainable ones; each is 4 bytes.
         output_bytes: the message, when the model is cut behind this layer.
         kept: (number, bytes) of each storage that its backward needs, parameters aside. Two layers that keep the

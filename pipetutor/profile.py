@@ -52,6 +52,7 @@ def _key(model: str, micro_batch: int, ranks: int, dropout: float | None) -> dic
         "ranks": ranks,
         "environment": environment(ranks),
         "dtype": DTYPE,
+        "linear gradients": "in place",
         "torch": machine.versions()["torch"],
         "cpu": machine.cpu_name(),
         "cores": machine.cpu_cores(),
