@@ -7,7 +7,7 @@ Autograd computes the gradient of each micro-batch into new memory, then adds it
 
 A pipeline adds up M of them in each step, and AlexNet's largest weight has 151 MB. At 8 images on one core, the
 backward pass of that layer takes two thirds of its time so, and a third where memory comes in pages of 4 KB.
-Megatron-LM does the same under the name of gradient accumulation fusion (``--no-gradient-accumulation-fusion`` turns it off).
+Megatron-LM does the same as *gradient accumulation fusion* (``--no-gradient-accumulation-fusion`` turns it off).
 """
 
 from collections.abc import Sequence

@@ -147,7 +147,7 @@ if "pipetutor.rivals" in sys.orig_argv:
         contest.SEED = 7
     import torch
     from torchvision import transforms
-    name = Path(__file__).with_name(f"{sys.orig_argv[-3]}-{os.environ['RANK']}")
+    name = Path(__file__).with_name(f"{sys.orig_argv[-4]}-{os.environ['RANK']}")
     resize = transforms.Resize.forward
     def forward(self, image):
         with name.with_suffix(".images").open("a") as file:
