@@ -1,5 +1,9 @@
-"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
+"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too.
 
+Each also has a ``description``, a sentence with the numbers that matter, for a reader who does not see the figure.
+"""
+
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -20,7 +24,17 @@ HATCHES = ("", "///", "...", "xxx")
 
 
 class Picture(Figure):
-    """A figure that a notebook shows once, as the value of its cell, whatever matplotlib's backend is."""
+    """A figure that a notebook shows once, as the value of its cell, whatever matplotlib's backend is.
+
+    Attributes:
+        description: what it shows, in words; the alternative text of the picture in a notebook and on its web page.
+    """
+
+    description = ""
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
+        content = base64.b64encode(self._repr_png_()).decode()
+        return {"image/png": content}, {"image/png": {"alt": self.description}}
 
     def _repr_png_(self) -> bytes:
         content = io.BytesIO()
@@ -48,6 +62,8 @@ def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Fi
     for axes, (image, label) in zip(grid.flat, images, strict=False):
         axes.imshow(image, interpolation="nearest")
         axes.set_title(label, fontsize=9)
+    classes = list(dict.fromkeys(label for _, label in images))
+    figure.description = f"{len(images)} images, of {len(classes)} kinds: {', '.join(classes)}."
     return figure
 
 
@@ -81,6 +97,8 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     if len(runs) > 1 or chance is not None:
         axes.legend(frameon=False)
     plain(axes)
+    ends = [f"{name} from {run.losses[0]:.3g} to {run.losses[-1]:.3g}" for name, run in runs.items()]
+    figure.description = f"Loss of each step: {'; '.join(ends)}" + (f"; guessing: {chance:.3g}." if chance else ".")
     return figure
 
 
@@ -94,12 +112,14 @@ def stages(run: Run) -> Figure:
     figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
     top = max(parameters) * 1.2
+    words = []
     for stage in range(run.stages):
         low, high = run.parts[stage], run.parts[stage + 1]
         colour = COLOURS[stage % len(COLOURS)]
         axes.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.12, linewidth=0)
         axes.bar(range(low, high), parameters[low:high], color=colour, hatch=HATCHES[stage % 4], edgecolor="white")
         total = sum(parameters[low:high])
+        words.append(f"stage {stage} holds layers {low} to {high - 1}, {total:.1f} million")
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.1f} M", ha="center", va="top", color=colour)
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
@@ -110,6 +130,10 @@ def stages(run: Run) -> Figure:
     axes.set_ylim(0, top * 1.05)
     axes.set_ylabel("million parameters")
     plain(axes)
+    largest = max(range(len(parameters)), key=parameters.__getitem__)
+    figure.description = (
+        f"Parameters: {'; '.join(words)}. Layer {largest} alone has {parameters[largest]:.1f} million."
+    )
     return figure
 
 
@@ -127,9 +151,13 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     axes = figure.subplots()
     axes.bar(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
     axes.bar(range(count), backward, bottom=forward, color=COLOURS[1], edgecolor="white", label="backward")
-    top = 1.25 * max(f + b for f, b in zip(forward, backward, strict=True))
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    top = 1.25 * max(both)
+    slowest = costs.layers[both.index(max(both))].kind
+    words = [f"slowest is {slowest} {both.index(max(both))}, with {max(both):.3g} of {sum(both):.3g} ms"]
     for stage, (low, high) in enumerate(pairwise(bounds)):
-        total = sum(forward[low:high]) + sum(backward[low:high])
+        total = sum(both[low:high])
+        words.append(f"stage {stage} takes {total:.3g} ms")
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
@@ -141,6 +169,7 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     axes.set_ylabel("milliseconds a micro-batch")
     axes.legend(frameon=False, fontsize=9, loc="center left")
     plain(axes)
+    figure.description = f"Time of each layer for one micro-batch: {'; '.join(words)}."
     return figure
 
 
@@ -156,12 +185,12 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes = figure.subplots()
     least = 1e-9  # where an exact zero is drawn, which a logarithm has no place for
     for place, row in enumerate(compared):
-        wrong = bool(row["control"])
+        control = bool(row["control"])
         value = row["gradient"]["relative"]
-        colour = COLOURS[1 if wrong else 0]
+        colour = COLOURS[1 if control else 0]
         axes.hlines(place, least, max(value, least), color=colour, linewidth=1)
         axes.plot(
-            max(value, least), place, "s" if wrong else "o", color=colour, fillstyle="full" if value else "none"
+            max(value, least), place, "s" if control else "o", color=colour, fillstyle="full" if value else "none"
         )
     axes.axvline(tolerance, color="black", linestyle="--", linewidth=1)
     axes.text(tolerance, -1, " fails beyond", va="center", fontsize=9)
@@ -179,6 +208,10 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes.set_ylim(len(compared) - 0.5, -1.5)
     axes.minorticks_off()
     plain(axes)
+    right, wrong = ([r["gradient"]["relative"] for r in compared if bool(r["control"]) is c] for c in (False, True))
+    words = [f"Largest relative difference of a gradient in {len(right)} pipelines: {max(right, default=0):.1e}"]
+    words += [f"smallest in {len(wrong)} that are wrong on purpose: {min(wrong):.1e}"] if wrong else []
+    figure.description = f"{'; '.join(words)}; above {tolerance:.0e} a pipeline fails."
     return figure
 
 
@@ -210,6 +243,11 @@ def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str
     plain(axes)
     if growth:
         _growth(beside[0], growth)
+    words = [f"{row['title']} {row['median']:.1f}" for row in rivals] + ([f"limit {bound:.1f}"] if bound else [])
+    figure.description = f"Images a second, in the median: {', '.join(words)}."
+    if growth:
+        ends = [f"{growth[count]['median']:.1f} with M = {count}" for count in (min(growth), max(growth))]
+        figure.description += f" Beside it, ours over the number of micro-batches: from {' to '.join(ends)}."
     return figure
 
 
