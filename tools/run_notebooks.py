@@ -156,7 +156,6 @@ def _execute(source: str, target: str, directory: str, parameters: dict, cell_li
             kernel_name="python3",
             progress_bar=False,
             execution_timeout=cell_limit,
-            coalesce_streams=True,
             on_cell_execute=tell,
         )
     except PapermillExecutionError as fault:
