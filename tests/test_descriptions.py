@@ -72,7 +72,7 @@ FIGURES = {
         ["reference 30.0, ours 44.0, limit 52.7", "30.0 with M = 1"],
     ),
     plots_timeline.timelines: (({"1F1B": PLAIN}, "units"), ["1F1B: 15 units, of which a rank waits 20%"]),
-    plots_timeline.accounting: (({"1F1B": PLAIN},), ["1F1B, rank 0: 1.2e+04 ms of compute"]),
+    plots_timeline.accounting: (({"1F1B": PLAIN},), ["1F1B, rank 0: 12000 ms of compute"]),
     plots_timeline.memory: (({"GPipe": Step(1, GPIPE, [5_000_000] * 2, [0, 0])},), ["GPipe, rank 1: 4 MB"]),
     plots_timeline.activations: (
         ({"GPipe": {2: 2e6, 8: 8e6}}, {"GPipe": {2: 2.1e6}}),
