@@ -1,10 +1,5 @@
-"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too.
+"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
 
-Each also has a ``description``, a sentence with the numbers that matter, for a reader who does not see the figure.
-"""
-
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,36 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from pipetutor.costs import LayerCosts
 from pipetutor.partition import catalog
+from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, plain
 from pipetutor.records import Run
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; a line style goes with each.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
-HATCHES = ("", "///", "...", "xxx")
-
-
-class Picture(Figure):
-    """A figure that a notebook shows once, as the value of its cell, whatever matplotlib's backend is.
-
-    Attributes:
-        description: what it shows, in words; the alternative text of the picture in a notebook and on its web page.
-    """
-
-    description = ""
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
-        content = base64.b64encode(self._repr_png_()).decode()
-        return {"image/png": content}, {"image/png": {"alt": self.description}}
-
-    def _repr_png_(self) -> bytes:
-        content = io.BytesIO()
-        self.savefig(content, format="png", dpi=100)
-        return content.getvalue()
-
-
-def plain(axes: Axes) -> None:
-    """Take away the frame's upper and right line, which mean nothing."""
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:
@@ -207,6 +174,11 @@ def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figur
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
     axes.set_xlabel("time; a box is a micro-batch, a number is an image")
+    left = [len(indices) % micro_batch for order in orders for indices in order]
+    figure.description = (
+        f"{len(orders)} passes over the data by {len(orders[0])} replicas, in micro-batches of {micro_batch}; "
+        f"each reads {longest} images at most, and {min(left)} to {max(left)} of them fill no micro-batch."
+    )
     return figure
 
 
@@ -244,6 +216,11 @@ def layers(costs: LayerCosts, border: int) -> Figure:
     left.set_yticks(range(count), names, fontsize=8)
     left.set_ylim(count - 0.4, -0.6)
     right.legend(frameon=False, fontsize=9, loc="lower right")
+    words = [
+        f"{sum(values[:border]) / sum(values):.0%} of the {name}"
+        for name, values in (("weights", parameters), ("outputs", outputs), ("time", both))
+    ]
+    figure.description = f"Layers 0 to {border - 1} of {count} have {', '.join(words)}."
     return figure
 
 

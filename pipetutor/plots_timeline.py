@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.plots import COLOURS, STYLES, Picture, plain
+from pipetutor.picture import COLOURS, STYLES, Picture, plain
 from pipetutor.timeline import COLUMNS, KINDS, Timeline
 from pipetutor.trace import Step
 

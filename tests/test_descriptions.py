@@ -66,6 +66,11 @@ FIGURES = {
         (COSTS, [0, 2, 3]),
         ["Linear 1, with 6 of 12 ms", "stage 0 takes 8 ms", "stage 1 takes 4 ms"],
     ),
+    plots.passes: (
+        ([[[0, 2, 4], [1, 3]], [[3, 1, 2], [0, 4]]], 2),
+        ["2 passes", "by 2 replicas", "0 to 1 of them fill no"],
+    ),
+    plots.layers: ((COSTS, 2), ["Layers 0 to 1 of 3 have 67% of the weights", "67% of the time"]),
     plots.certificate: ((CERTIFIED, 1e-5), ["in 2 pipelines: 2.0e-07", "in 1 that are wrong on purpose: 3.0e+00"]),
     plots.bench: (
         (RIVALS, {1: RIVALS[0], 16: RIVALS[1]}),
