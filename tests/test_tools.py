@@ -44,7 +44,7 @@ def write(directory, name, *code, cells=(), parameters="steps = 3", smoke=None):
     head = [new_markdown_cell("# A title\n\nA promise.", id="head"), new_code_cell(f"# Parameters\n{parameters}")]
     head[1].metadata["tags"] = ["parameters"]
     numbered = [new_code_cell(source, id=f"c{number}") for number, source in enumerate(code, start=1)]
-    about = {"kernelspec": KERNEL, "pipetutor": {"minutes": 1, "smoke": smoke or {}}}
+    about = {"kernelspec": KERNEL, "pipetutor": {"minutes": 1, "smoke": smoke}}
     directory.mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=[*head, *numbered, *cells], metadata=about), directory / f"{name}.ipynb")
 
@@ -162,16 +162,19 @@ def test_smoke_runs_the_attempts_and_gives_the_answer_back(tmp_path):
     after = new_code_cell("assert double(4) == 8 and steps == 1", id="after")
     write(tmp_path / "n", "00_good", cells=[*exercise(), after], smoke={"steps": 1})
     lenient = exercise(check="assert double(3) >= 5")
-    write(tmp_path / "n", "01_lenient", cells=lenient)
-    write(tmp_path / "n", "02_untested", cells=exercise(wrong=[]))
+    write(tmp_path / "n", "01_lenient", cells=lenient, smoke={})
+    write(tmp_path / "n", "02_untested", cells=exercise(wrong=[]), smoke={})
+    write(tmp_path / "n", "03_unknown", cells=exercise())
     said = run(tmp_path / "n", "--smoke")
     told = verdicts(said)
     assert said.returncode == 1 and told["00_good"] == "ok"
     assert "AssertionError: exercise 00-1: the check accepts a wrong answer" in told["01_lenient"]
+    assert told["03_unknown"].startswith("its metadata has no pipetutor.smoke")
     assert told["02_untested"].startswith("exercise 00-1: the check has no wrong attempt")
     executed = nbformat.read(tmp_path / "n" / "out" / "00_good.ipynb", as_version=4)
     outputs = [output.text for cell in executed.cells for output in cell.get("outputs", [])]
-    assert outputs == ["right\n", "exercise 00-1: the check refuses the unanswered cell and 1 wrong answers\n"]
+    refused = "exercise 00-1: the check refuses the unanswered cell and 1 wrong answers\n"
+    assert outputs == ["right\n", refused, "right\n"]
 
 
 @pytest.fixture
