@@ -2,26 +2,32 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 READY := $(VENV)/.pipetutor-ready
-NOTEBOOKS := $(notdir $(wildcard notebooks/*.ipynb))
-EXECUTED := $(addprefix build/notebooks/,$(NOTEBOOKS))
+# Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 05_schedules"
+NOTEBOOKS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run test prove bench lab html clean
-.DELETE_ON_ERROR:
+.PHONY: run smoke html lab map test prove bench clean
 
 run: $(READY)
-	rm -rf build/notebooks
-	$(MAKE) $(EXECUTED)
+	$(VENV)/bin/python tools/run_notebooks.py $(NOTEBOOKS)
 
-html: $(READY) $(EXECUTED)
-	$(VENV)/bin/python -m nbconvert --to html --embed-images --output-dir build/html $(EXECUTED)
+smoke: $(READY)
+	$(VENV)/bin/python tools/run_notebooks.py --smoke $(NOTEBOOKS)
 
-build/notebooks/%.ipynb: notebooks/%.ipynb $(READY)
-	mkdir -p build/notebooks
-	$(VENV)/bin/python -m papermill --cwd notebooks --kernel python3 --execution-timeout 600 --log-output \
-		$< build/notebooks/.$*.ipynb
-	mv build/notebooks/.$*.ipynb $@
+html: $(READY)
+	$(VENV)/bin/python tools/run_notebooks.py --stale
+	$(VENV)/bin/python tools/build_html.py
+
+# A learner's own copies, without answers. JUPYTER_CONFIG_PATH: JupyterLab shows markdown rendered.
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/jupyter$(addprefix :,$(JUPYTER_CONFIG_PATH))
+lab: $(READY)
+	$(VENV)/bin/python tools/fill_workbook.py
+	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) \
+		--LabApp.default_url=/lab/tree/workbook/index.md
+
+map: $(READY)
+	$(VENV)/bin/python tools/course.py
 
 test: $(READY)
 	$(VENV)/bin/python -m ruff check .
@@ -35,9 +41,6 @@ prove: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m pipetutor.bench
-
-lab: $(READY)
-	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_first_pipeline.ipynb
 
 clean:
 	rm -rf build runs notebooks/runs .pytest_cache .ruff_cache .mypy_cache

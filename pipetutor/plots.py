@@ -1,36 +1,18 @@
 """Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pipetutor.costs import LayerCosts
 from pipetutor.partition import catalog
+from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, plain
 from pipetutor.records import Run
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; a line style goes with each.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
-HATCHES = ("", "///", "...", "xxx")
-
-
-class Picture(Figure):
-    """A figure that a notebook shows once, as the value of its cell, whatever matplotlib's backend is."""
-
-    def _repr_png_(self) -> bytes:
-        content = io.BytesIO()
-        self.savefig(content, format="png", dpi=100)
-        return content.getvalue()
-
-
-def plain(axes: Axes) -> None:
-    """Take away the frame's upper and right line, which mean nothing."""
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:
@@ -48,6 +30,8 @@ def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Fi
     for axes, (image, label) in zip(grid.flat, images, strict=False):
         axes.imshow(image, interpolation="nearest")
         axes.set_title(label, fontsize=9)
+    classes = list(dict.fromkeys(label for _, label in images))
+    figure.description = f"{len(images)} images, of {len(classes)} kinds: {', '.join(classes)}."
     return figure
 
 
@@ -81,6 +65,8 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     if len(runs) > 1 or chance is not None:
         axes.legend(frameon=False)
     plain(axes)
+    ends = [f"{name} from {run.losses[0]:.3g} to {run.losses[-1]:.3g}" for name, run in runs.items()]
+    figure.description = f"Loss of each step: {'; '.join(ends)}" + (f"; guessing: {chance:.3g}." if chance else ".")
     return figure
 
 
@@ -94,12 +80,14 @@ def stages(run: Run) -> Figure:
     figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
     top = max(parameters) * 1.2
+    words = []
     for stage in range(run.stages):
         low, high = run.parts[stage], run.parts[stage + 1]
         colour = COLOURS[stage % len(COLOURS)]
         axes.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.12, linewidth=0)
         axes.bar(range(low, high), parameters[low:high], color=colour, hatch=HATCHES[stage % 4], edgecolor="white")
         total = sum(parameters[low:high])
+        words.append(f"stage {stage} holds layers {low} to {high - 1}, {total:.1f} million")
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.1f} M", ha="center", va="top", color=colour)
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
@@ -110,6 +98,10 @@ def stages(run: Run) -> Figure:
     axes.set_ylim(0, top * 1.05)
     axes.set_ylabel("million parameters")
     plain(axes)
+    largest = max(range(len(parameters)), key=parameters.__getitem__)
+    figure.description = (
+        f"Parameters: {'; '.join(words)}. Layer {largest} alone has {parameters[largest]:.1f} million."
+    )
     return figure
 
 
@@ -127,9 +119,13 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     axes = figure.subplots()
     axes.bar(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
     axes.bar(range(count), backward, bottom=forward, color=COLOURS[1], edgecolor="white", label="backward")
-    top = 1.25 * max(f + b for f, b in zip(forward, backward, strict=True))
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    top = 1.25 * max(both)
+    slowest = costs.layers[both.index(max(both))].kind
+    words = [f"slowest is {slowest} {both.index(max(both))}, with {max(both):.4g} of {sum(both):.4g} ms"]
     for stage, (low, high) in enumerate(pairwise(bounds)):
-        total = sum(forward[low:high]) + sum(backward[low:high])
+        total = sum(both[low:high])
+        words.append(f"stage {stage} takes {total:.4g} ms")
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
@@ -141,6 +137,90 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     axes.set_ylabel("milliseconds a micro-batch")
     axes.legend(frameon=False, fontsize=9, loc="center left")
     plain(axes)
+    figure.description = f"Time of each layer for one micro-batch: {'; '.join(words)}."
+    return figure
+
+
+def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figure:
+    """Draw which image each replica reads when, pass after pass; what fills no micro-batch is crossed out.
+
+    Args:
+        orders: for each pass and each replica, the indices that it reads.
+        micro_batch: images in a micro-batch.
+    """
+    longest = max(len(indices) for order in orders for indices in order)
+    rows = sum(len(order) for order in orders)
+    figure = Picture(figsize=(min(9.5, 1.6 + 0.5 * longest), 0.9 * len(orders) + 0.42 * rows), layout="constrained")
+    for axes, (number, order) in zip(
+        figure.subplots(len(orders), squeeze=False)[:, 0], enumerate(orders), strict=True
+    ):
+        for replica, indices in enumerate(order):
+            full = len(indices) // micro_batch * micro_batch
+            colour = COLOURS[replica % len(COLOURS)]
+            for place, index in enumerate(indices):
+                kept = place < full
+                fill = {"facecolor": colour, "alpha": 0.25} if kept else {"facecolor": "white", "hatch": "xxxx"}
+                axes.bar(place, 0.8, 0.92, replica - 0.4, edgecolor="grey", linewidth=0.5, **fill)
+                halo = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+                axes.text(place, replica, str(index), ha="center", va="center", bbox=None if kept else halo)
+            for start in range(0, full, micro_batch):
+                corner, size = (start - 0.48, replica - 0.42), (micro_batch - 0.04, 0.84)
+                axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2))
+        axes.set_title(f"pass {number}", fontsize=10, loc="left")
+        axes.set_yticks(range(len(order)), [f"replica {replica}" for replica in range(len(order))])
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_xlim(-0.6, longest - 0.4)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    axes.set_xlabel("time; a box is a micro-batch, a number is an image")
+    left = [len(indices) % micro_batch for order in orders for indices in order]
+    figure.description = (
+        f"{len(orders)} passes over the data by {len(orders[0])} replicas, in micro-batches of {micro_batch}; "
+        f"each reads {longest} images at most, and {min(left)} to {max(left)} of them fill no micro-batch."
+    )
+    return figure
+
+
+def layers(costs: LayerCosts, border: int) -> Figure:
+    """Draw, layer by layer and side by side, what is kept, what is sent and what is computed.
+
+    Args:
+        costs: from ``pipetutor.costs.measure``.
+        border: the first layer of the second part of the model; each part's share of the whole is written beside it.
+    """
+    count = len(costs.layers)
+    parameters = [4e-6 * layer.parameters for layer in costs.layers]
+    outputs = [1e-6 * layer.output_bytes for layer in costs.layers]
+    forward = [1e3 * layer.forward for layer in costs.layers]
+    backward = [1e3 * layer.backward for layer in costs.layers]
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    figure = Picture(figsize=(9.5, 0.9 + 0.24 * count), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    left.barh(range(count), parameters, color=COLOURS[0], edgecolor="white")
+    middle.barh(range(count), outputs, color=COLOURS[2], hatch=HATCHES[2], edgecolor="white")
+    right.barh(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
+    right.barh(
+        range(count), backward, left=forward, color=COLOURS[1], hatch="///", edgecolor="white", label="backward"
+    )
+    titles = "weights, MB", "output, MB", "time, ms"
+    for axes, title, values in zip((left, middle, right), titles, (parameters, outputs, both), strict=True):
+        axes.set_title(f"{title} a micro-batch" if axes is not left else title, fontsize=10)
+        axes.axhline(border - 0.5, color="black", linewidth=1, linestyle="--")
+        for low, high in ((0, border), (border, count)):
+            share, place = sum(values[low:high]) / sum(values), (low + high - 1) / 2
+            axes.text(0.97, place, f"{share:.0%}", transform=axes.get_yaxis_transform(), ha="right", fontsize=15)
+        axes.set_xlim(0, 1.3 * max(values))
+        plain(axes)
+    names = [f"{layer.kind} {index:2d}" for index, layer in enumerate(costs.layers)]
+    left.set_yticks(range(count), names, fontsize=8)
+    left.set_ylim(count - 0.4, -0.6)
+    right.legend(frameon=False, fontsize=9, loc="lower right")
+    words = [
+        f"{sum(values[:border]) / sum(values):.0%} of the {name}"
+        for name, values in (("weights", parameters), ("outputs", outputs), ("time", both))
+    ]
+    figure.description = f"Layers 0 to {border - 1} of {count} have {', '.join(words)}."
     return figure
 
 
@@ -156,12 +236,12 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes = figure.subplots()
     least = 1e-9  # where an exact zero is drawn, which a logarithm has no place for
     for place, row in enumerate(compared):
-        wrong = bool(row["control"])
+        control = bool(row["control"])
         value = row["gradient"]["relative"]
-        colour = COLOURS[1 if wrong else 0]
+        colour = COLOURS[1 if control else 0]
         axes.hlines(place, least, max(value, least), color=colour, linewidth=1)
         axes.plot(
-            max(value, least), place, "s" if wrong else "o", color=colour, fillstyle="full" if value else "none"
+            max(value, least), place, "s" if control else "o", color=colour, fillstyle="full" if value else "none"
         )
     axes.axvline(tolerance, color="black", linestyle="--", linewidth=1)
     axes.text(tolerance, -1, " fails beyond", va="center", fontsize=9)
@@ -179,6 +259,10 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes.set_ylim(len(compared) - 0.5, -1.5)
     axes.minorticks_off()
     plain(axes)
+    right, wrong = ([r["gradient"]["relative"] for r in compared if bool(r["control"]) is c] for c in (False, True))
+    words = [f"Largest relative difference of a gradient in {len(right)} pipelines: {max(right, default=0):.1e}"]
+    words += [f"smallest in {len(wrong)} that are wrong on purpose: {min(wrong):.1e}"] if wrong else []
+    figure.description = f"{'; '.join(words)}; above {tolerance:.0e} a pipeline fails."
     return figure
 
 
@@ -210,6 +294,11 @@ def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str
     plain(axes)
     if growth:
         _growth(beside[0], growth)
+    words = [f"{row['title']} {row['median']:.1f}" for row in rivals] + ([f"limit {bound:.1f}"] if bound else [])
+    figure.description = f"Images a second, in the median: {', '.join(words)}."
+    if growth:
+        ends = [f"{growth[count]['median']:.1f} with M = {count}" for count in (min(growth), max(growth))]
+        figure.description += f" Beside it, ours over the number of micro-batches: from {' to '.join(ends)}."
     return figure
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.plots import COLOURS, STYLES, Picture, plain
+from pipetutor.picture import COLOURS, STYLES, Picture, plain
 from pipetutor.timeline import COLUMNS, KINDS, Timeline
 from pipetutor.trace import Step
 
@@ -85,6 +85,12 @@ def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
     panels[-1, 0].set_xlim(0, longest * 1.005)
     panels[-1, 0].set_xlabel("milliseconds" if unit == "ms" else unit)
     _legend(figure, [look for look in LOOKS if look in used])
+    words = []
+    for title, timeline in rows.items():
+        waits = [account["waiting"] / timeline.seconds for account in timeline.accounting()]
+        span = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(waits), max(waits))))
+        words.append(f"{title}: {timeline.seconds * scale:.4g} {unit}, of which a rank waits {span}")
+    figure.description = f"What each rank does when. {'; '.join(words)}."
     return figure
 
 
@@ -175,6 +181,11 @@ def accounting(rows: Mapping[str, Timeline]) -> Figure:
     axes.set_xlabel("milliseconds of one step")
     figure.legend(loc="outside lower center", ncols=len(COLUMNS), frameon=False, fontsize=9)
     plain(axes)
+    figures = [
+        f"{1e3 * each['compute']:.0f} ms of compute, {1e3 * each['waiting']:.0f} of waiting" for _, each in bars
+    ]
+    words = [f"{name}: {said}".replace("\n", ", ") for (name, _), said in zip(bars, figures, strict=True)]
+    figure.description = f"Where the time of a step went. {'; '.join(words)}."
     return figure
 
 
@@ -187,18 +198,21 @@ def memory(rows: Mapping[str, Step]) -> Figure:
     _require(rows)
     figure = Picture(figsize=(9.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)
+    words = []
     for axes, (title, step) in zip(panels.flat, rows.items(), strict=True):
         for rank, before in enumerate(step.memory):
             spans = step.timeline.of(rank)
             times = np.concatenate([[0.0], (spans["end"] - step.timeline.begin) * 1e3])
             more = np.concatenate([[0.0], (spans["memory"] - before) / 1e6])
             colour, style = COLOURS[rank % len(COLOURS)], STYLES[rank % len(STYLES)]
+            words.append(f"{title}, rank {rank}: {more.max():.4g} MB")
             axes.step(times, more, style, where="post", color=colour, label=f"rank {rank}")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("milliseconds")
         plain(axes)
     panels[0, 0].set_ylabel("MB, beyond those at the\nbeginning of the step")
     panels[0, -1].legend(frameon=False, fontsize=9)
+    figure.description = f"What each rank keeps over a step, beyond what it began with; at most: {'; '.join(words)}."
     return figure
 
 
@@ -211,6 +225,7 @@ def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[
     """
     figure = Picture(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
+    words = []
     for index, (name, line) in enumerate(predicted.items()):
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(
@@ -218,6 +233,9 @@ def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[
         )
         found = measured.get(name, {})
         megabytes = [v / 1e6 for v in found.values()]
+        pairs = [f"{line[m] / 1e6:.4g} MB with M = {m}" for m in (min(line), max(line))]
+        seen = [f"{value:.4g} with {m}" for m, value in zip(found, megabytes, strict=True)]
+        words.append(f"{name}, predicted {' to '.join(pairs)}, measured {', '.join(seen) or 'not at all'}")
         axes.scatter(list(found), megabytes, color=colour, marker="os^D"[index % 4], label=f"{name}, measured")
     axes.set_xlabel("micro-batches M")
     axes.set_ylabel("MB of activations on rank 0")
@@ -225,4 +243,5 @@ def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
     plain(axes)
+    figure.description = f"Activations on rank 0. {'; '.join(words)}."
     return figure

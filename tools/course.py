@@ -1,0 +1,155 @@
+"""What the notebooks say about themselves: the lessons of the course, their parameters and their exercises.
+
+The notebooks are the only place where this is written down. The map of the course, in README.md and in
+notebooks/index.md, is made from it, by
+
+    python tools/course.py      # or: make map
+
+An exercise is two code cells, as nbgrader has them: the answer, whose solution stands between two markers, and the
+check, whose assertions explain a wrong answer. The metadata of the check holds wrong attempts, too
+(``pipetutor.wrong``), with words of the message that each must get; ``make smoke`` tries them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+from papermill import inspect_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+BEGIN, END = "<!-- map: made by tools/course.py -->", "<!-- end of the map -->"
+MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A notebook of the course.
+
+    Attributes:
+        path: of the notebook.
+        title: its first heading.
+        promise: the sentence below the title.
+        minutes: how long it takes with its default parameters on two cores; None where it does not say.
+        smoke: the parameters of a quick pass; None where it does not say.
+    """
+
+    path: Path
+    title: str
+    promise: str
+    minutes: int | None
+    smoke: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its suffix."""
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An answer and its check.
+
+    Attributes:
+        name: such as ``00-1``.
+        answer: the cell with the given answer.
+        check: the cell after it.
+        wrong: attempts that the check must refuse, each with ``says``, words of the message.
+    """
+
+    name: str
+    answer: NotebookNode
+    check: NotebookNode
+    wrong: list[dict[str, str]]
+
+
+def lesson(path: Path) -> Lesson:
+    """Read what a notebook says about itself."""
+    notebook = nbformat.read(path, as_version=4)
+    first = notebook.cells[0].source if notebook.cells else ""
+    found = re.match(r"# (.+)\n+(.+)", first)
+    if not found:
+        raise ValueError(f"{path.name}: the first cell is not a title with a promise below it")
+    about = notebook.metadata.get("pipetutor", {})
+    return Lesson(path, found[1].strip(), found[2].strip(), about.get("minutes"), about.get("smoke"))
+
+
+def lessons(directory: Path = NOTEBOOKS) -> list[Lesson]:
+    """Read all notebooks of a directory, in their order."""
+    return [lesson(path) for path in sorted(directory.glob("*.ipynb"))]
+
+
+def unknown(path: Path, parameters: Mapping[str, Any]) -> str:
+    """Say which parameters a notebook does not have, and which it has; nothing if it has them all."""
+    there = inspect_notebook(str(path))
+    missing = [name for name in parameters if name not in there]
+    if not missing:
+        return ""
+    words = ", ".join(f"{name} ({about['default']})" for name, about in there.items())
+    return f"{path.stem} has no parameter {' or '.join(missing)}; it has: {words or 'none'}"
+
+
+def exercises(notebook: NotebookNode) -> tuple[list[Exercise], list[str]]:
+    """Find the exercises of a notebook.
+
+    Returns:
+        The complete ones, and what is wrong with the others, in words that name the cell.
+    """
+    found, problems = [], []
+    roles = [(cell, cell.metadata.get("nbgrader", {})) for cell in notebook.cells]
+    checks = [(cell, about) for cell, about in roles if about.get("grade")]
+    for index, (cell, about) in enumerate(roles):
+        if not about.get("solution"):
+            if any(marker in cell.source for marker in MARKERS) and not about.get("grade"):
+                problems.append(f"{cell.id}: a solution in a cell that nbgrader does not know as an answer")
+            continue
+        name = about["grade_id"].removesuffix("-answer")
+        check, rule = roles[index + 1] if index + 1 < len(roles) else (None, {})
+        wrong = check.metadata.get("pipetutor", {}).get("wrong", []) if check else []
+        places = [cell.source.find(marker) for marker in MARKERS]
+        if [cell.source.count(marker) for marker in MARKERS] != [1, 1] or places[0] > places[1]:
+            problems.append(f"exercise {name}: the answer must hold one solution, between {' and '.join(MARKERS)}")
+        elif check is None or not rule.get("grade") or rule["grade_id"] != f"{name}-check":
+            problems.append(f"exercise {name}: no check with the grade_id {name}-check follows the answer")
+        elif not wrong:
+            problems.append(f"exercise {name}: the check has no wrong attempt, so nobody knows that it can fail")
+        elif not all(isinstance(w, dict) and w.get("attempt") and w.get("says") for w in wrong):
+            problems.append(f"exercise {name}: a wrong attempt needs both, attempt and says")
+        else:
+            found.append(Exercise(name, cell, check, wrong))
+    paired = {exercise.check.id for exercise in found}
+    complained = " ".join(problems)
+    for cell, about in checks:
+        name = about["grade_id"].removesuffix("-check")
+        if cell.id not in paired and f"exercise {name}:" not in complained:
+            problems.append(f"exercise {name}: the check does not follow an answer")
+    return found, problems
+
+
+def table(directory: str) -> str:
+    """Return the map of the course as a markdown table, with links that begin with ``directory``."""
+    rows = ["| Notebook | What you do | Time |", "|---|---|---|"]
+    for one in lessons():
+        time = "" if one.minutes is None else f"{one.minutes} min"
+        rows.append(f"| [{one.name[:2]} {one.title}]({directory}{one.path.name}) | {one.promise} | {time} |")
+    return "\n".join(rows)
+
+
+def with_map(text: str, directory: str) -> str:
+    """Return a page with its map made anew, between the two comments that mark its place."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the place of the map is marked by {BEGIN} and {END}, once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(directory)}\n\n{END}{rest.split(END)[1]}"
+
+
+PAGES = {ROOT / "README.md": "notebooks/", NOTEBOOKS / "index.md": ""}  # page -> how its links begin
+
+if __name__ == "__main__":
+    for page, directory in PAGES.items():
+        page.write_text(with_map(page.read_text(), directory))
+        print(f"{page.relative_to(ROOT)}: the map is up to date")
