@@ -23,7 +23,8 @@ html: $(READY)
 lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/jupyter$(addprefix :,$(JUPYTER_CONFIG_PATH))
 lab: $(READY)
 	$(VENV)/bin/python tools/fill_workbook.py
-	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) workbook/index.md
+	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) \
+		--LabApp.default_url=/lab/tree/workbook/index.md
 
 map: $(READY)
 	$(VENV)/bin/python tools/course.py

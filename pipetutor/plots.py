@@ -1,50 +1,18 @@
-"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too.
+"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
 
-Each also has a ``description``, a sentence with the numbers that matter, for a reader who does not see the figure.
-"""
-
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pipetutor.costs import LayerCosts
 from pipetutor.partition import catalog
+from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, plain
 from pipetutor.records import Run
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; a line style goes with each.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
-HATCHES = ("", "///", "...", "xxx")
-
-
-class Picture(Figure):
-    """A figure that a notebook shows once, as the value of its cell, whatever matplotlib's backend is.
-
-    Attributes:
-        description: what it shows, in words; the alternative text of the picture in a notebook and on its web page.
-    """
-
-    description = ""
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
-        content = base64.b64encode(self._repr_png_()).decode()
-        return {"image/png": content}, {"image/png": {"alt": self.description}}
-
-    def _repr_png_(self) -> bytes:
-        content = io.BytesIO()
-        self.savefig(content, format="png", dpi=100)
-        return content.getvalue()
-
-
-def plain(axes: Axes) -> None:
-    """Take away the frame's upper and right line, which mean nothing."""
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:
@@ -154,10 +122,10 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     both = [f + b for f, b in zip(forward, backward, strict=True)]
     top = 1.25 * max(both)
     slowest = costs.layers[both.index(max(both))].kind
-    words = [f"slowest is {slowest} {both.index(max(both))}, with {max(both):.3g} of {sum(both):.3g} ms"]
+    words = [f"slowest is {slowest} {both.index(max(both))}, with {max(both):.4g} of {sum(both):.4g} ms"]
     for stage, (low, high) in enumerate(pairwise(bounds)):
         total = sum(both[low:high])
-        words.append(f"stage {stage} takes {total:.3g} ms")
+        words.append(f"stage {stage} takes {total:.4g} ms")
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
@@ -170,6 +138,89 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     axes.legend(frameon=False, fontsize=9, loc="center left")
     plain(axes)
     figure.description = f"Time of each layer for one micro-batch: {'; '.join(words)}."
+    return figure
+
+
+def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figure:
+    """Draw which image each replica reads when, pass after pass; what fills no micro-batch is crossed out.
+
+    Args:
+        orders: for each pass and each replica, the indices that it reads.
+        micro_batch: images in a micro-batch.
+    """
+    longest = max(len(indices) for order in orders for indices in order)
+    rows = sum(len(order) for order in orders)
+    figure = Picture(figsize=(min(9.5, 1.6 + 0.5 * longest), 0.9 * len(orders) + 0.42 * rows), layout="constrained")
+    for axes, (number, order) in zip(
+        figure.subplots(len(orders), squeeze=False)[:, 0], enumerate(orders), strict=True
+    ):
+        for replica, indices in enumerate(order):
+            full = len(indices) // micro_batch * micro_batch
+            colour = COLOURS[replica % len(COLOURS)]
+            for place, index in enumerate(indices):
+                kept = place < full
+                fill = {"facecolor": colour, "alpha": 0.25} if kept else {"facecolor": "white", "hatch": "xxxx"}
+                axes.bar(place, 0.8, 0.92, replica - 0.4, edgecolor="grey", linewidth=0.5, **fill)
+                halo = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+                axes.text(place, replica, str(index), ha="center", va="center", bbox=None if kept else halo)
+            for start in range(0, full, micro_batch):
+                corner, size = (start - 0.48, replica - 0.42), (micro_batch - 0.04, 0.84)
+                axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2))
+        axes.set_title(f"pass {number}", fontsize=10, loc="left")
+        axes.set_yticks(range(len(order)), [f"replica {replica}" for replica in range(len(order))])
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_xlim(-0.6, longest - 0.4)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    axes.set_xlabel("time; a box is a micro-batch, a number is an image")
+    left = [len(indices) % micro_batch for order in orders for indices in order]
+    figure.description = (
+        f"{len(orders)} passes over the data by {len(orders[0])} replicas, in micro-batches of {micro_batch}; "
+        f"each reads {longest} images at most, and {min(left)} to {max(left)} of them fill no micro-batch."
+    )
+    return figure
+
+
+def layers(costs: LayerCosts, border: int) -> Figure:
+    """Draw, layer by layer and side by side, what is kept, what is sent and what is computed.
+
+    Args:
+        costs: from ``pipetutor.costs.measure``.
+        border: the first layer of the second part of the model; each part's share of the whole is written beside it.
+    """
+    count = len(costs.layers)
+    parameters = [4e-6 * layer.parameters for layer in costs.layers]
+    outputs = [1e-6 * layer.output_bytes for layer in costs.layers]
+    forward = [1e3 * layer.forward for layer in costs.layers]
+    backward = [1e3 * layer.backward for layer in costs.layers]
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    figure = Picture(figsize=(9.5, 0.9 + 0.24 * count), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    left.barh(range(count), parameters, color=COLOURS[0], edgecolor="white")
+    middle.barh(range(count), outputs, color=COLOURS[2], hatch=HATCHES[2], edgecolor="white")
+    right.barh(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
+    right.barh(
+        range(count), backward, left=forward, color=COLOURS[1], hatch="///", edgecolor="white", label="backward"
+    )
+    titles = "weights, MB", "output, MB", "time, ms"
+    for axes, title, values in zip((left, middle, right), titles, (parameters, outputs, both), strict=True):
+        axes.set_title(f"{title} a micro-batch" if axes is not left else title, fontsize=10)
+        axes.axhline(border - 0.5, color="black", linewidth=1, linestyle="--")
+        for low, high in ((0, border), (border, count)):
+            share, place = sum(values[low:high]) / sum(values), (low + high - 1) / 2
+            axes.text(0.97, place, f"{share:.0%}", transform=axes.get_yaxis_transform(), ha="right", fontsize=15)
+        axes.set_xlim(0, 1.3 * max(values))
+        plain(axes)
+    names = [f"{layer.kind} {index:2d}" for index, layer in enumerate(costs.layers)]
+    left.set_yticks(range(count), names, fontsize=8)
+    left.set_ylim(count - 0.4, -0.6)
+    right.legend(frameon=False, fontsize=9, loc="lower right")
+    words = [
+        f"{sum(values[:border]) / sum(values):.0%} of the {name}"
+        for name, values in (("weights", parameters), ("outputs", outputs), ("time", both))
+    ]
+    figure.description = f"Layers 0 to {border - 1} of {count} have {', '.join(words)}."
     return figure
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.plots import COLOURS, STYLES, Picture, plain
+from pipetutor.picture import COLOURS, STYLES, Picture, plain
 from pipetutor.timeline import COLUMNS, KINDS, Timeline
 from pipetutor.trace import Step
 
@@ -182,7 +182,7 @@ def accounting(rows: Mapping[str, Timeline]) -> Figure:
     figure.legend(loc="outside lower center", ncols=len(COLUMNS), frameon=False, fontsize=9)
     plain(axes)
     figures = [
-        f"{1e3 * each['compute']:.3g} ms of compute, {1e3 * each['waiting']:.3g} of waiting" for _, each in bars
+        f"{1e3 * each['compute']:.0f} ms of compute, {1e3 * each['waiting']:.0f} of waiting" for _, each in bars
     ]
     words = [f"{name}: {said}".replace("\n", ", ") for (name, _), said in zip(bars, figures, strict=True)]
     figure.description = f"Where the time of a step went. {'; '.join(words)}."
@@ -205,7 +205,7 @@ def memory(rows: Mapping[str, Step]) -> Figure:
             times = np.concatenate([[0.0], (spans["end"] - step.timeline.begin) * 1e3])
             more = np.concatenate([[0.0], (spans["memory"] - before) / 1e6])
             colour, style = COLOURS[rank % len(COLOURS)], STYLES[rank % len(STYLES)]
-            words.append(f"{title}, rank {rank}: {more.max():.3g} MB")
+            words.append(f"{title}, rank {rank}: {more.max():.4g} MB")
             axes.step(times, more, style, where="post", color=colour, label=f"rank {rank}")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("milliseconds")
@@ -233,8 +233,8 @@ def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[
         )
         found = measured.get(name, {})
         megabytes = [v / 1e6 for v in found.values()]
-        pairs = [f"{line[m] / 1e6:.3g} MB with M = {m}" for m in (min(line), max(line))]
-        seen = [f"{value:.3g} with {m}" for m, value in zip(found, megabytes, strict=True)]
+        pairs = [f"{line[m] / 1e6:.4g} MB with M = {m}" for m in (min(line), max(line))]
+        seen = [f"{value:.4g} with {m}" for m, value in zip(found, megabytes, strict=True)]
         words.append(f"{name}, predicted {' to '.join(pairs)}, measured {', '.join(seen) or 'not at all'}")
         axes.scatter(list(found), megabytes, color=colour, marker="os^D"[index % 4], label=f"{name}, measured")
     axes.set_xlabel("micro-batches M")

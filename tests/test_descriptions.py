@@ -66,13 +66,18 @@ FIGURES = {
         (COSTS, [0, 2, 3]),
         ["Linear 1, with 6 of 12 ms", "stage 0 takes 8 ms", "stage 1 takes 4 ms"],
     ),
+    plots.passes: (
+        ([[[0, 2, 4], [1, 3]], [[3, 1, 2], [0, 4]]], 2),
+        ["2 passes", "by 2 replicas", "0 to 1 of them fill no"],
+    ),
+    plots.layers: ((COSTS, 2), ["Layers 0 to 1 of 3 have 67% of the weights", "67% of the time"]),
     plots.certificate: ((CERTIFIED, 1e-5), ["in 2 pipelines: 2.0e-07", "in 1 that are wrong on purpose: 3.0e+00"]),
     plots.bench: (
         (RIVALS, {1: RIVALS[0], 16: RIVALS[1]}),
         ["reference 30.0, ours 44.0, limit 52.7", "30.0 with M = 1"],
     ),
     plots_timeline.timelines: (({"1F1B": PLAIN}, "units"), ["1F1B: 15 units, of which a rank waits 20%"]),
-    plots_timeline.accounting: (({"1F1B": PLAIN},), ["1F1B, rank 0: 1.2e+04 ms of compute"]),
+    plots_timeline.accounting: (({"1F1B": PLAIN},), ["1F1B, rank 0: 12000 ms of compute"]),
     plots_timeline.memory: (({"GPipe": Step(1, GPIPE, [5_000_000] * 2, [0, 0])},), ["GPipe, rank 1: 4 MB"]),
     plots_timeline.activations: (
         ({"GPipe": {2: 2e6, 8: 8e6}}, {"GPipe": {2: 2.1e6}}),

@@ -1,11 +1,13 @@
 """Figures show what the run recorded, as pictures that a notebook displays."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipetutor import Run, plots
+from pipetutor.costs import LayerCost, LayerCosts
 from pipetutor.partition import catalog
 
 
@@ -43,6 +45,28 @@ def test_stages(run):
     words = [text.get_text() for text in axes.texts]
     assert words == ["stage 0\n40.2 M", "stage 1\n16.8 M"]
     assert len(axes.patches) == 22 + 2 and axes.get_xticklabels()[16].get_text() == "Linear 16"
+
+
+def test_passes_cross_out_what_fills_no_micro_batch():
+    figure = plots.passes([[[3, 1, 4], [0, 2, 5]], [[5, 0, 1], [4, 3, 2]]], micro_batch=2)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["pass 0", "pass 1"]
+    first = figure.axes[0]
+    assert [text.get_text() for text in first.texts] == ["3", "1", "4", "0", "2", "5"]
+    cells = [patch for patch in first.patches if patch.get_fill()]
+    assert [bool(cell.get_hatch()) for cell in cells] == [False, False, True] * 2
+
+
+def test_layers_says_what_each_part_of_the_model_has():
+    layer = LayerCost("Linear", 0.001, 0.001, 0.001, 0.0, 3_000_000, 1_000_000, (), False)
+    small = replace(layer, kind="Conv2d", parameters=1_000_000, output_bytes=9_000_000)
+    costs = LayerCosts("alexnet", 8, 1, 1, (small, layer), 0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, Path("here"))
+    figure = plots.layers(costs, border=1)
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
+        ["25%", "75%"],
+        ["90%", "10%"],
+        ["50%", "50%"],
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Conv2d  0", "Linear  1"]
 
 
 def test_sample_images():

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import course
 import pipetutor
 from pipetutor import machine
 
@@ -35,19 +36,143 @@ def test_modules_are_small_and_public_names_are_documented():
         assert getattr(pipetutor, name).__doc__
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_follows_the_rules(path):
-    notebook = nbformat.read(path, as_version=4)
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def headings(text):
+    """The headings of a markdown text, without those in blocks of code."""
+    return re.findall(
+        r"^(#+ .+?)\s*$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+
+
+def prose(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_a_notebook_is_stripped_and_has_unique_ids(notebook):
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
-    assert notebook.metadata.kernelspec.name == "python3"
-    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    assert all(not c.get("outputs") for c in notebook.cells)
-    source = "\n".join(c.source for c in notebook.cells)
-    for heading in ("What you will learn", "Recap", "Exercises", "Further reading"):
-        assert f"## {heading}" in source
-    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    assert notebook.metadata.kernelspec == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_notebook_has_the_parts_of_a_lesson(path, notebook):
+    assert course.lesson(path).promise.startswith("You ")
+    found = headings(prose(notebook))
+    assert [heading for heading in found if heading.startswith("# ")] == found[:1], "one title, at the top"
+    sections = [heading for heading in found if heading.startswith("## ")]
+    assert sections[0] == "## What you will learn"
+    assert sections[-3:] == ["## Recap", "## Exercises", "## Further reading"]
+    assert len(sections) >= 6 and len(sections) == len(set(sections))
+    tagged = [place for place, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [2], "the parameters follow what you will learn"
+    assert notebook.cells[2].source.startswith("# Parameters: papermill replaces these.\n")
+
+
+def test_a_notebook_says_how_long_it_takes(path, notebook):
+    lesson = course.lesson(path)
+    assert isinstance(lesson.minutes, int) and 1 <= lesson.minutes <= 3
+    assert isinstance(lesson.smoke, dict) and not course.unknown(path, lesson.smoke)
+
+
+def test_exercises_have_answers_checks_and_wrong_attempts(path, notebook):
+    exercises, problems = course.exercises(notebook)
+    assert not problems
+    assert [one.name for one in exercises] == [f"{path.name[:2]}-{n}" for n in range(1, len(exercises) + 1)]
+    assert 2 <= len(exercises) <= 4
+    for number, one in enumerate(exercises, start=1):
+        assert one.answer.metadata.nbgrader == ANSWER | {"grade_id": f"{one.name}-answer"}
+        assert one.check.metadata.nbgrader == CHECK | {"grade_id": f"{one.name}-check"}
+        task = notebook.cells[notebook.cells.index(one.answer) - 1]
+        assert task.cell_type == "markdown" and task.source.lstrip().startswith(f"**Exercise {number}.**")
+
+
+ANSWER = {"grade": False, "locked": False, "schema_version": 3, "solution": True, "task": False}
+CHECK = {"grade": True, "locked": True, "points": 1, "schema_version": 3, "solution": False, "task": False}
+
+
+def test_no_grade_id_is_used_twice():
+    cells = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    names = [cell.metadata.nbgrader.grade_id for cell in cells if "nbgrader" in cell.metadata]
+    assert len(names) == len(set(names))
+
+
+def test_code_is_imported_and_no_path_is_absolute(notebook):
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert not re.search(r"[\"'](/home|/root|/tmp|/work|~)", code), "absolute path"
-    for name in pipetutor.__all__:
-        assert not re.search(rf"^(def|class) {name}\b", code, re.MULTILINE)
+    used = re.findall(r"^(?:from|import) pipetutor\.(\w+)", code, re.MULTILINE)
+    used += re.findall(r"\w+", " ".join(re.findall(r"^from pipetutor import (.+)$", code, re.MULTILINE)))
+    modules = [path for name in used if (path := ROOT / "pipetutor" / f"{name}.py").exists()]
+    public = {name for path in modules for name in re.findall(DEFINED, path.read_text(), re.MULTILINE)}
+    redefined = (public | set(pipetutor.__all__)) & set(re.findall(DEFINED, code, re.MULTILINE))
+    assert not redefined, "names of pipetutor, in modules that this notebook imports"
+
+
+DEFINED = r"^(?:def|class) ([A-Za-z]\w*)"
+PAGES = [*NOTEBOOKS, *sorted((ROOT / "notebooks").glob("*.md")), ROOT / "README.md"]
+
+
+def read(page):
+    return prose(nbformat.read(page, as_version=4)) if page.suffix == ".ipynb" else page.read_text()
+
+
+def anchors(page, on_github):
+    """What a link to a heading of a page ends in: GitHub and JupyterLab do not agree."""
+    words = [re.sub(r"[`*_]", "", heading.lstrip("# ")) for heading in headings(read(page))]
+    if on_github:
+        return [re.sub(r"[^\w-]", "", word.lower().replace(" ", "-")) for word in words]
+    return [word.replace(" ", "-") for word in words]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", read(page))):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert not path.startswith("/") and target.exists(), f"no file {path}"
+        assert target.is_relative_to(ROOT)
+        if fragment:
+            known = anchors(target, on_github=page.name == "README.md")
+            assert fragment in known, f"{link}: no such heading; there are {known}"
+
+
+TERMS = {
+    r"micro ?batch|Micro ?batch": "micro-batch",
+    r"[Dd]ata parallel(?!ism)": "data-parallel",
+    r"1f1b|1F1b|1f1B": "1F1B",
+    r"gpipe|Gpipe|GPIPE": "GPipe",
+    r"deepspeed|Deepspeed|Deep ?Speed(?<!DeepSpeed)": "DeepSpeed",
+    r"pytorch|Pytorch|Py Torch": "PyTorch",
+    r"\$[^$\n]+\$|\\\(": "no formula: the pages show them without MathJax",
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_terms_are_spelled_in_one_way(page):
+    text = re.sub(r"^```.*?^```|^    .*?$|<!--.*?-->", "", read(page), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>]+>", " ", text)
+    before, heading, reading = text.partition("## Further reading")
+    text = before + heading + re.sub(r"\*[^*]+\*", " ", reading)  # a title is spelled as its authors spell it
+    for wrong, right in TERMS.items():
+        found = re.search(rf".{{0,30}}({wrong}).{{0,30}}", text)
+        assert not found, f"{found[0]!r}: {right}"
+
+
+@pytest.mark.parametrize("page", course.PAGES, ids=lambda page: page.name)
+def test_the_map_of_the_course_is_up_to_date(page):
+    text = page.read_text()
+    assert text == course.with_map(text, course.PAGES[page]), "make map"
+    for lesson in course.lessons():
+        assert lesson.title in text and lesson.promise in text and lesson.path.name in text

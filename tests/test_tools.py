@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from conftest import processes_of
 from IPython.core.interactiveshell import InteractiveShell
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+import build_html
 import course
+import fill_workbook
 import run_notebooks
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +44,7 @@ def write(directory, name, *code, cells=(), parameters="steps = 3", smoke=None):
     head = [new_markdown_cell("# A title\n\nA promise.", id="head"), new_code_cell(f"# Parameters\n{parameters}")]
     head[1].metadata["tags"] = ["parameters"]
     numbered = [new_code_cell(source, id=f"c{number}") for number, source in enumerate(code, start=1)]
-    about = {"kernelspec": KERNEL, "pipetutor": {"minutes": 1, "smoke": smoke or {}}}
+    about = {"kernelspec": KERNEL, "pipetutor": {"minutes": 1, "smoke": smoke}}
     directory.mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=[*head, *numbered, *cells], metadata=about), directory / f"{name}.ipynb")
 
@@ -157,16 +162,19 @@ def test_smoke_runs_the_attempts_and_gives_the_answer_back(tmp_path):
     after = new_code_cell("assert double(4) == 8 and steps == 1", id="after")
     write(tmp_path / "n", "00_good", cells=[*exercise(), after], smoke={"steps": 1})
     lenient = exercise(check="assert double(3) >= 5")
-    write(tmp_path / "n", "01_lenient", cells=lenient)
-    write(tmp_path / "n", "02_untested", cells=exercise(wrong=[]))
+    write(tmp_path / "n", "01_lenient", cells=lenient, smoke={})
+    write(tmp_path / "n", "02_untested", cells=exercise(wrong=[]), smoke={})
+    write(tmp_path / "n", "03_unknown", cells=exercise())
     said = run(tmp_path / "n", "--smoke")
     told = verdicts(said)
     assert said.returncode == 1 and told["00_good"] == "ok"
     assert "AssertionError: exercise 00-1: the check accepts a wrong answer" in told["01_lenient"]
+    assert told["03_unknown"].startswith("its metadata has no pipetutor.smoke")
     assert told["02_untested"].startswith("exercise 00-1: the check has no wrong attempt")
     executed = nbformat.read(tmp_path / "n" / "out" / "00_good.ipynb", as_version=4)
     outputs = [output.text for cell in executed.cells for output in cell.get("outputs", [])]
-    assert outputs == ["right\n", "exercise 00-1: the check refuses the unanswered cell and 1 wrong answers\n"]
+    refused = "exercise 00-1: the check refuses the unanswered cell and 1 wrong answers\n"
+    assert outputs == ["right\n", refused, "right\n"]
 
 
 @pytest.fixture
@@ -227,3 +235,146 @@ def test_exercises_are_complete(cells, problem):
         assert not problems and [one.name for one in found] == ["00-1"] and found[0].wrong == WRONG
     else:
         assert any(problem in said for said in problems), problems
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDGETS = "application/vnd.jupyter.widget-state+json"
+
+
+@pytest.fixture
+def course_pages(tmp_path):
+    """Two lessons that were executed, a map and a glossary: the sources and the executed copies."""
+    sources, executed = tmp_path / "n", tmp_path / "x"
+    write(sources, "00_one", "print(1)", cells=[*exercise(), new_markdown_cell("## Recap\n\n## Recap\n\n## More")])
+    link = "See [the first](00_one.ipynb#Recap), [a word](glossary.md#Micro-batch) and [a file](../README.md)."
+    write(sources, "01_two", cells=[new_markdown_cell(link)])
+    (sources / "index.md").write_text(
+        f"# The map\n\n{course.BEGIN}\n{course.END}\n\n[1](00_one.ipynb) [2](01_two.ipynb)"
+    )
+    (sources / "glossary.md").write_text("# Glossary\n\n## Micro-batch\n\nA part of a batch.")
+    executed.mkdir()
+    for path in sources.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells[1].outputs = [
+            new_output("stream", name="stdout", text="one\n"),
+            new_output("stream", name="stdout", text="two\n"),
+            new_output("display_data", {"image/png": PIXEL}, metadata={"image/png": {"alt": 'Loss "falls" <fast>'}}),
+            new_output("display_data", {WIDGET: {"model_id": "m"}, "text/plain": "interactive(children=())"}),
+            new_output("display_data", {"application/javascript": "alert(1)"}),
+        ]
+        notebook.metadata.widgets = {WIDGETS: {"state": {"m": {}}, "version_major": 2, "version_minor": 0}}
+        nbformat.write(notebook, executed / path.name)
+    return sources, executed
+
+
+def test_pages_are_linked_and_need_nothing_from_elsewhere(course_pages, tmp_path):
+    sources, executed = course_pages
+    assert build_html.build(executed, sources, tmp_path / "html") == []
+    names = ["00_one.html", "01_two.html", "glossary.html", "index.html"]
+    assert sorted(path.name for path in (tmp_path / "html").iterdir()) == names
+    soups = {name: BeautifulSoup((tmp_path / "html" / name).read_text(), "html.parser") for name in names}
+    one, two = soups["00_one.html"], soups["01_two.html"]
+    assert {a["href"] for a in one.find_all("a", rel="next")} == {"01_two.html"} and not one.find("a", rel="prev")
+    assert {a["href"] for a in two.find_all("a", rel="prev")} == {"00_one.html"} and not two.find("a", rel="next")
+    for name, soup in soups.items():
+        assert name == "index.html" or soup.select('nav a[href="index.html"]')
+        assert soup.html["lang"] == "en-GB" and soup.body.find("a")["href"] == "#content" and soup.find(id="content")
+        style = soup.find("style").get_text()
+        assert "prefers-color-scheme: dark" in style and "@media print" in style
+        assert "http" not in style.replace('a[href^="http"]', "")
+    links = [a["href"] for a in two.find("main").find_all("a") if "anchor-link" not in a.get("class", [])]
+    assert links == ["00_one.html#Recap", "glossary.html#Micro-batch"] and "a file" in two.get_text()
+    assert one.find("img")["alt"] == 'Loss "falls" <fast>'
+    assert "one\ntwo" in one.find("pre", string=re.compile("one")).get_text(), "one stream, one block"
+    assert "interactive(" not in one.get_text() and "alert(1)" not in str(one)
+    assert "return 2 * x" in one.find("details", class_=None).get_text(), "the answer is folded away"
+    assert [li.get_text() for li in one.select(".contents li")] == ["Recap", "Recap", "More"]
+    assert [li.a["href"] for li in one.select(".contents li")] == ["#Recap", "#Recap-2", "#More"]
+
+
+def test_pages_of_what_was_not_executed_are_refused(course_pages, tmp_path):
+    sources, executed = course_pages
+    (executed / "01_two.ipynb").unlink()
+    with pytest.raises(ValueError, match="no executed copy of 01_two: make run"):
+        build_html.build(executed, sources, tmp_path / "html")
+
+
+STYLE = '<style>a { color: red; background: url("data:,") }</style>'
+GOOD = f'<html lang="en">{STYLE}<h1 id="a">A</h1><a href="#a">a</a>ADDED</html>'
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ("", None),
+        ('<a href="https://example.org">elsewhere</a>', None),
+        ("<script>let x;</script>", "holds a script"),
+        ('<script src="https://cdn.example/x.js"></script>', "fetches https://cdn.example/x.js"),
+        ('<link rel="stylesheet" href="//cdn.example/x.css">', "fetches //cdn.example/x.css"),
+        ('<img alt="a" src="https://example.org/a.png">', "fetches https://example.org/a.png"),
+        (
+            '<img alt="a" src="data:," srcset="data:, 1x, https://example.org/b.png 2x">',
+            "fetches https://example.org/b.png",
+        ),
+        ('<iframe src="https://example.org"></iframe>', "fetches https://example.org"),
+        ("<style>@import 'https://example.org/x.css';</style>", "fetches https://example.org/x.css"),
+        ("<p style=\"background: url('https://example.org/p.png')\">", "fetches https://example.org/p.png"),
+        ('<img src="data:,">', "a picture without words"),
+        ('<img src="data:," alt="">', "a picture without words"),
+        ('<h1 id="b">B</h1>', "2 headings of the first order"),
+        ("<h2>B</h2>", "the heading 'B' has no id"),
+        ('<p id="a">', "the id a twice"),
+        ('<a href="#b">b</a>', "a link that leads nowhere: #b"),
+        ('<a href="other.html">b</a>', "a link that leads nowhere: other.html"),
+    ],
+)
+def test_what_is_wrong_with_a_page_is_told(wrong, problem):
+    said = build_html.problems({"x.html": BeautifulSoup(GOOD.replace("ADDED", wrong), "html.parser")})
+    assert said == [] if problem is None else any(problem in one for one in said), said
+
+
+def test_an_ordinary_page_of_nbconvert_would_not_pass(course_pages):
+    body, _ = HTMLExporter().from_filename(course_pages[1] / "00_one.ipynb")
+    said = build_html.problems({"x.html": BeautifulSoup(body, "html.parser")})
+    assert any("fetches https://cdnjs" in one for one in said) and any("holds a script" in one for one in said)
+
+
+# --- the workbook, the map and nbgrader -----------------------------------------------------------------------------
+
+
+def test_the_workbook_has_no_answers_and_is_never_overwritten(tmp_path):
+    write(tmp_path / "n", "00_one", cells=exercise())
+    (tmp_path / "n" / "index.md").write_text("# The map")
+    assert fill_workbook.fill(tmp_path / "n", tmp_path / "w") == (["00_one.ipynb", "index.md"], [])
+    text = source_of(tmp_path / "w" / "00_one.ipynb")
+    assert "raise NotImplementedError()" in text and "2 * x" not in text and CHECK in text
+    (tmp_path / "w" / "00_one.ipynb").write_text("mine")
+    write(tmp_path / "n", "01_two")
+    assert fill_workbook.fill(tmp_path / "n", tmp_path / "w") == (["01_two.ipynb"], ["00_one.ipynb", "index.md"])
+    assert (tmp_path / "w" / "00_one.ipynb").read_text() == "mine"
+
+
+def test_the_map_is_made_between_its_marks():
+    page = f"# Title\n\n{course.BEGIN}\noutdated\n{course.END}\n\nMore."
+    made = course.with_map(page, "notebooks/")
+    assert made.startswith("# Title") and made.endswith("More.") and "outdated" not in made
+    assert "(notebooks/00_first_pipeline.ipynb)" in made and course.with_map(made, "notebooks/") == made
+    with pytest.raises(ValueError, match="the place of the map is marked by"):
+        course.with_map("# Title", "")
+
+
+def test_nbgrader_takes_the_notebooks_as_they_are(tmp_path):
+    """The command of README.md."""
+    write(tmp_path / "notebooks", "00_one", cells=exercise())
+    readme = (ROOT / "README.md").read_text()
+    words = re.search(r"nbgrader (generate_assignment .*?)\n\n", readme, re.DOTALL)[1].replace("\\\n", " ").split()
+    (tmp_path / "build").mkdir()
+    command = [sys.executable, "-m", "nbgrader", *words]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stderr
+    released = source_of(tmp_path / "build" / "release" / "notebooks" / "00_one.ipynb")
+    assert "raise NotImplementedError()" in released and "2 * x" not in released and CHECK in released
+    assert (tmp_path / "build" / "gradebook.db").exists()

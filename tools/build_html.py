@@ -26,8 +26,6 @@ import course
 
 TEMPLATE = Path(__file__).parent / "html"
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-WIDGET = "application/vnd.jupyter.widget-view+json"
-SHOWN = [WIDGET, "text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # best first
 LOADING = {  # element -> attributes that make a browser fetch something
     "script": ["src"],
     "link": ["href"],
@@ -110,7 +108,6 @@ def render(found: list[Page]) -> dict[str, BeautifulSoup]:
         embed_images=True,
         preprocessors=[],
     )
-    exporter.config.NbConvertBase.display_data_priority = SHOWN
     lessons = [page for page in found if page.href not in ("index.html", "glossary.html")]
     glossary = len(found) > len(lessons) and found[-1].href == "glossary.html"
     sheet, soups = style(), {}

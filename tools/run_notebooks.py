@@ -122,8 +122,9 @@ def with_attempts(notebook: NotebookNode) -> NotebookNode:
                 f"{inspect.getsource(_refuse)}\n\n"
                 f"_refuse({one.name!r}, {unanswered[one.answer.id]!r}, {wrong!r}, {one.check.source!r})\ndel _refuse"
             )
-            again = f"# Made by make smoke: the given answer again.\n{one.answer.source}"
-            for suffix, text in (("attempts", source), ("again", again)):
+            note = "# Made by make smoke: as it was before.\n"  # later cells may use names of both
+            texts = {"attempts": source, "answer": note + one.answer.source, "check": note + one.check.source}
+            for suffix, text in texts.items():
                 tested.cells.append(new_code_cell(text, id=f"{one.name}-{suffix}", metadata={"tags": [suffix]}))
     return tested
 
@@ -246,6 +247,8 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
         old.unlink(missing_ok=True)
     notebook = nbformat.read(lesson.path, as_version=4)
     if options.smoke:
+        if lesson.smoke is None:
+            return "its metadata has no pipetutor.smoke, the parameters of a quick pass"
         try:
             notebook = with_attempts(notebook)
         except ValueError as problem:
@@ -407,8 +410,6 @@ def main(words: Sequence[str] | None = None) -> int:
             continue
         try:
             verdict = run(lesson, parameters, options)
-            if options.smoke and lesson.smoke is None:
-                verdict = "its metadata has no pipetutor.smoke, the parameters of a quick pass"
         except Stopped as signal_name:
             stopped, verdict = True, f"stopped by {signal_name}"
         rows.append((lesson.name, time.monotonic() - begin, verdict))
