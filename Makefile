@@ -7,7 +7,7 @@ NOTEBOOKS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run smoke html lab map test prove bench clean
+.PHONY: run smoke html lab map test browser has-chromium prove bench clean
 
 run: $(READY)
 	$(VENV)/bin/python tools/run_notebooks.py $(NOTEBOOKS)
@@ -35,6 +35,12 @@ test: $(READY)
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m nbstripout --keep-id --verify notebooks/*.ipynb
 	$(VENV)/bin/python -m pytest
+
+browser: has-chromium $(READY)
+	$(VENV)/bin/python -m pytest -m browser
+
+has-chromium:
+	@command -v chromium > /dev/null || { echo "make browser needs Chromium: apt-get install chromium" >&2; exit 1; }
 
 prove: $(READY)
 	$(VENV)/bin/python -m pytest -m slow -s

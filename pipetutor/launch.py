@@ -96,6 +96,7 @@ def launch(
     >>> run = launch(stages=2, steps=20)  # doctest: +SKIP
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
     """
+    __tracebackhide__ = True  # by IPython: a learner's cell and the words of the error are enough
     if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
         raise ValueError(f"replicas is {replicas!r}, but must be a whole number of at least 1: 1, say")
     for name, switch in {"trace": trace, "recompute": recompute}.items():

@@ -57,7 +57,13 @@ def watch(
 
     Returns:
         The supervisor's report; see ``pipetutor.supervise.supervise``.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has ended with all its processes; it says so in one line, without
+            the place where the interrupt came.
+        RunFailed: the supervisor is gone or does not end.
     """
+    __tracebackhide__ = True  # by IPython
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), str(deadline), *command],
         stdin=subprocess.PIPE,
@@ -66,6 +72,7 @@ def watch(
         start_new_session=True,  # an interrupt of the kernel's group must not reach it
     )
     assert supervisor.stdin and supervisor.stdout
+    output, interrupted = b"", False
     try:
         with _bar(total, unit) as bar, selectors.DefaultSelector() as selector:
             selector.register(supervisor.stdout, selectors.EVENT_READ)
@@ -77,6 +84,8 @@ def watch(
                     bar.update()
             bar.refresh()
         output = supervisor.stdout.read()
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         # End of file tells the supervisor to kill the run; a second interrupt must not cut this short.
         with _interrupts_held():
@@ -84,6 +93,8 @@ def watch(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 supervisor.wait(SUPERVISOR_SECONDS)
             supervisor.stdout.close()
+    if interrupted and supervisor.returncode == 0:
+        raise KeyboardInterrupt(f"{directory.name} is interrupted, and all its processes have ended")
     if not output:
         raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
     return json.loads(output)
