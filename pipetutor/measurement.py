@@ -226,7 +226,7 @@ def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: flo
 
     kinds = [layer.kind for layer in catalog()[model]]
     later, share = median("later"), median("share")
-    saving = np.minimum(later - median("first"), share * later)
+    saving = np.clip(later - median("first"), -share * later, share * later)
     times = zip(median("forward").tolist(), later.tolist(), share.tolist(), saving.tolist(), strict=True)
     layers = [
         LayerCost(kind, forward, (1 - weight) * backward, weight * backward, saved, **memory)
