@@ -116,8 +116,8 @@ class LayerCosts:
 
         Args:
             bounds: P + 1 layer indices, such as ``run.parts``.
-            micro_batches: M, over which the cheaper first backward of a step is averaged in; without it, every
-                backward counts as a later one.
+            micro_batches: M, over which the first backward of a step, which adds to nothing, is averaged in; without
+                it, every backward counts as a later one.
 
         Returns:
             What a stage costs for each micro-batch. Its activation bytes are what is held from the forward to the

@@ -128,7 +128,7 @@ def stage_seconds(
     Args:
         costs: of the model's layers.
         bounds: of the stages.
-        micro_batches: M, over which the cheaper first backward of a step is averaged in; see
+        micro_batches: M, over which the first backward of a step, which adds to nothing, is averaged in; see
             ``LayerCosts.for_bounds``.
         recompute: whether stages compute their forward pass once more to go backward.
     """
