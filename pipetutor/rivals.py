@@ -129,7 +129,10 @@ def torch_1f1b(task: Task) -> Step:
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     torch.manual_seed(SEED)
     bounds = [int(bound) for bound in task.cut.split(",")]
-    module = nn.Sequential(*join_layers(build("alexnet", dropout=0))[bounds[rank] : bounds[rank + 1]]).to(_device())
+    layers = join_layers(build("alexnet", dropout=0))[bounds[rank] : bounds[rank + 1]]
+    if rank and isinstance(layers[0], nn.ReLU):
+        layers[0].inplace = False  # what was received gets a gradient
+    module = nn.Sequential(*layers).to(_device())
     stage = PipelineStage(module, rank, last + 1, _device())
     schedule = Schedule1F1B(stage, task.micro_batches, loss_fn=nn.functional.cross_entropy)
     optimizer = build_optimizer(task.config, list(module.parameters()))
