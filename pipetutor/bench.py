@@ -18,10 +18,11 @@ from typing import Any
 
 import psutil
 
-from pipetutor import fetch, machine, records
+from pipetutor import fetch, machine, profile, records
 from pipetutor.batch import natural
 from pipetutor.config import read_config
-from pipetutor.contest import CUT, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
+from pipetutor.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
+from pipetutor.partition import bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.watch import RunFailed, ending_with_a_status, watch
 
@@ -77,7 +78,7 @@ class Bench:
 
         It has ``rival``, ``title``, ``median``, ``minimum`` and ``maximum`` in images a second, ``to_reference`` and
         ``to_ours``, the ratios of medians (None where that rival was left out), and ``difference``, the largest of
-        a loss from that of the first rival.
+        a loss from that of the first rival (None where they are not to be compared).
         """
         runs = self._runs("rivals")
         found: list[dict[str, Any]] = []
@@ -85,7 +86,8 @@ class Bench:
             own = [row for row in runs if row["rival"] == name]
             if own:
                 rates = [limit(row["rate"], row["micro_batches"]) if name == "limit" else row["rate"] for row in own]
-                difference = _difference([row["losses"] for row in own], runs[0]["losses"])
+                losses = [row["losses"] for row in own]
+                difference = _difference(losses, runs[0]["losses"]) if rival.compared else None
                 found.append({"rival": name, "title": rival.title, **_middle(rates), "difference": difference})
         medians = {row["rival"]: row["median"] for row in found}
         for row in found:
@@ -106,6 +108,21 @@ class Bench:
         return found
 
     @property
+    def by_stages(self) -> dict[int, dict[str, float]]:
+        """Ours for each P: median, minimum and maximum; empty unless it was asked for."""
+        runs = self._runs("stages")
+        counts = sorted({row["stages"] for row in runs})
+        return {count: _middle([row["rate"] for row in runs if row["stages"] == count]) for count in counts}
+
+    @property
+    def loading(self) -> dict[str, float]:
+        """Milliseconds to load an image at both ends of a pipeline, ``ours`` and ``reference``; empty if left out."""
+        rates = {row["rival"]: row["median"] for row in self.summary}
+        if not {"load", "load_reference"} <= set(rates):
+            return {}
+        return {"ours": 1e3 / rates["load"], "reference": 1e3 / rates["load_reference"]}
+
+    @property
     def latency(self) -> dict[str, float]:
         """Seconds from the call of ``launch`` to the beginning of its first step; empty unless it was asked for."""
         found = [row["latency"] for row in self._runs("latency")]
@@ -119,14 +136,20 @@ class Bench:
     @property
     def wrong(self) -> list[str]:
         """The rivals whose losses are not those of the first."""
-        return [row["rival"] for row in self.summary if row["difference"] > TOLERANCE]
+        return [row["rival"] for row in self.summary if (row["difference"] or 0.0) > TOLERANCE]
 
     def __str__(self) -> str:
         """Return the table, and what is to be said of it."""
-        lines = [_HEAD, *map(_line, self.summary)]
+        lines = [_HEAD, *(_line(row) for row in self.summary if not row["rival"].startswith("load"))]
+        if found := self.loading:
+            share = found["ours"] / found["reference"]
+            both = f"{found['ours']:.2f} ms, the reference {found['reference']:.2f} ms"
+            lines.append(f"loading an image: {both}: {share:.2f} of it")
         for count, row in self.growth.items():
             bound = f", limit {row['limit']:.1f}" if "limit" in row else ""
             lines.append(f"ours with M = {count:2}: {_range(row)} images/s{bound}")
+        for count, row in self.by_stages.items():
+            lines.append(f"ours with P = {count:2}: {_range(row)} images/s")
         if self.latency:
             lines.append(f"launch, from the call to the first step: {_range(self.latency)} s")
         if self.others > 0.1:
@@ -146,7 +169,8 @@ def _range(row: dict[str, float]) -> str:
 def _line(row: dict[str, Any]) -> str:
     numbers = " ".join(f"{row[name]:7.1f}" for name in ("median", "minimum", "maximum"))
     ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("to_reference", "to_ours")]
-    return f"{row['title']:32} {numbers} {ratios[0]:>12} {ratios[1]:>7}   {row['difference']:.1e}"
+    difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
+    return f"{row['title']:32} {numbers} {ratios[0]:>12} {ratios[1]:>7}   {difference}"
 
 
 def bench(
@@ -162,12 +186,14 @@ def bench(
     """Let rivals train one after another, in processes of their own; nothing is left running.
 
     Args:
-        rivals: names of ``pipetutor.contest.RIVALS``; the losses are compared with those of the first.
+        rivals: names of ``pipetutor.contest.RIVALS``; the losses are compared with those of the first, where they
+            are to be the same.
         train_batch: images in a step.
         micro_batch: images in a micro-batch.
         steps: of the first repetition, whose losses are compared; the later ones are shorter.
         repetitions: how often each rival runs.
-        more: also how ours grows with the number of micro-batches, and how long ``launch`` takes to start.
+        more: also how ours grows with the number of micro-batches and of stages, and how long ``launch`` takes to
+            start.
         runs_dir: where the directory with ``bench.json`` is made.
 
     Returns:
@@ -194,7 +220,7 @@ def bench(
             steps=steps,
             model="alexnet",
             dataset="synthetic",
-            partition=CUT,
+            partition="parameters",
             config=config,
             backend=None,
             gpus=machine.gpu_count(),
@@ -209,6 +235,7 @@ def bench(
     if free < GIGABYTES:
         raise ValueError(f"the bench takes {GIGABYTES:.0f} GiB of memory, and {free:.1f} are free: close programs")
     fetch.prepare("synthetic", fetch.DATA_DIR)
+    cuts = _cuts(micro_batch, GROWING_STAGES if more else (STAGES,))
     directory = records.create(Path(runs_dir), "bench")
     (directory / "logs").mkdir()
     asked = {
@@ -218,19 +245,31 @@ def bench(
         "steps": steps,
         "repetitions": repetitions,
         "more": more,
+        "cuts": cuts,
     }
     command = [sys.executable, "-m", "pipetutor.contest", str(directory), json.dumps(asked)]
-    total = repetitions * (len(rivals) + (len(MICRO_BATCHES) + 1) * more)
+    total = repetitions * (len(rivals) + (len(MICRO_BATCHES) + len(GROWING_STAGES) + 1) * more)
     lines = directory / "rows.jsonl"
     report = watch(command, directory, 0, float("inf"), lines, total, "runs", _brief)
     if report["code"] != 0:
         log = (directory / "logs" / "launcher.log").read_text(errors="replace")
         raise RunFailed(f"the bench ended with status {report['code']}:\n{log[-2000:]}")
     found = Bench(list(records.read_lines(lines)), directory)
-    measured = {name: getattr(found, name) for name in ("summary", "growth", "latency", "others", "wrong", "rows")}
+    names = ("summary", "growth", "by_stages", "loading", "latency", "others", "wrong", "rows")
+    measured = {name: getattr(found, name) for name in names}
     about = {"asked": asked, "machine": machine.check(), "warm_up": WARM_UP, "steps_of_later_repetitions": LATER}
     records.write_json(directory / FILE, about | measured)
     return found
+
+
+def _cuts(micro_batch: int, numbers: Sequence[int]) -> dict[str, str]:
+    """Return the cut of ours for each number of stages: by measured costs, or on GPUs by parameters."""
+    if machine.gpu_count() >= STAGES:
+        found = {stages: bounds_for(catalog()["alexnet"], stages, "parameters") for stages in numbers}
+    else:
+        costs = profile.costs_of("alexnet", micro_batch, STAGES, dropout=0.0)
+        found = {stages: profile.choose(costs, stages) for stages in numbers}
+    return {str(stages): ",".join(map(str, bounds)) for stages, bounds in found.items()}
 
 
 def _brief(row: dict[str, Any]) -> str:

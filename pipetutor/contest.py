@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from pipetutor.config import read_config
 from pipetutor.launch import free_port
 
 STAGES = 2
-CUT = "0,16,22"  # the best known for two ranks on two cores
 SEED = 1138
 # Not Adam: it divides a gradient by its own size, so that rounding counts. A plain PyTorch process with one thread
 # differs from one with two by 1e-4 of a loss within ten steps, and fused from not fused by 4e-4. With SGD it is 1e-6.
 OPTIMIZER = {"type": "SGD", "params": {"lr": 0.1}}
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # of the runs that show how throughput grows
+GROWING_STAGES = (1, 2, 4)  # likewise, with the train batch of the rivals
 WARM_UP = 2  # steps: memory is allocated, shapes are agreed on
 LATER = 2  # steps that are measured in the repetitions after the first, which runs as many as losses are compared
 PATIENCE_SECONDS = 600
@@ -48,22 +48,29 @@ class Rival:
         prepared: whether it runs in the environment of our ranks (``machine.prepare_rank``), or in that which
             DeepSpeed's launcher or torchrun's users find: torch's own number of threads, no huge pages.
         stages: pipeline stages, for what ``pipetutor.train`` runs; None where ``pipetutor.rivals`` does.
+        dtype: in which it computes.
+        compared: whether its losses must be those of the others.
     """
 
     title: str
     ranks: int = STAGES
     prepared: bool = True
     stages: int | None = None
+    dtype: str = "fp32"
+    compared: bool = True
 
 
 RIVALS = {
     "reference": Rival("reference example, as it is", prepared=False),
-    "pipeline": Rival(f"ours, cut {CUT}", stages=STAGES),
+    "pipeline": Rival("ours, cut by profile", stages=STAGES),
     "torch_default": Rival("torch 1F1B, default environment", prepared=False),
     "torch": Rival("torch 1F1B, our environment"),
     "data_parallel": Rival(f"DeepSpeed data-parallel, {STAGES} ranks", stages=0),
     "plain": Rival("plain PyTorch, one process", ranks=1),
     "limit": Rival("limit: no transfer, no waiting"),
+    "bf16": Rival("ours in bf16", stages=STAGES, dtype="bf16", compared=False),
+    "load_reference": Rival("loading alone, the reference", ranks=1, prepared=False, compared=False),
+    "load": Rival("loading alone, ours", ranks=1, compared=False),
 }
 
 
@@ -87,19 +94,21 @@ def environment(rival: Rival, rank: int, port: int) -> dict[str, str]:
     return env
 
 
-def command(name: str, directory: Path, steps: int) -> list[str]:
+def command(name: str, directory: Path, steps: int, cut: str) -> list[str]:
     """Return what a rank of a rival executes.
 
     Args:
         name: a key of ``RIVALS``.
         directory: of the run; holds config.json.
         steps: to train.
+        cut: the bounds of ours, and of torch's pipeline.
     """
-    stages = RIVALS[name].stages
-    if stages is None:
-        return [sys.executable, "-u", "-m", "pipetutor.rivals", name, str(directory), str(steps)]
-    flags = {"-p": stages, "-s": steps, "--seed": SEED, "--dropout": 0, "--partition": CUT, "--run-dir": directory}
-    flags["--deepspeed_config"] = directory / "config.json"
+    rival = RIVALS[name]
+    if rival.stages is None:
+        return [sys.executable, "-u", "-m", "pipetutor.rivals", name, str(directory), str(steps), cut]
+    stages = rival.stages and cut.count(",")
+    flags = {"-p": stages, "-s": steps, "--seed": SEED, "--dropout": 0, "--partition": cut, "--run-dir": directory}
+    flags |= {"--deepspeed_config": directory / "config.json", "--dtype": rival.dtype}
     if machine.gpu_count() < STAGES:
         flags["--backend"] = "gloo"
     words = [str(word) for flag in flags.items() for word in flag]
@@ -112,7 +121,7 @@ def _busy() -> tuple[float, float]:
     return sum(times) - times.idle - times.iowait, own.ru_utime + own.ru_stime
 
 
-def compete(name: str, directory: Path, steps: int, config: dict[str, Any]) -> dict[str, Any]:
+def compete(name: str, directory: Path, steps: int, config: dict[str, Any], cut: str) -> dict[str, Any]:
     """Run one rival once.
 
     Args:
@@ -120,6 +129,7 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any]) -> d
         directory: of the run; made here.
         steps: to train; the first ``WARM_UP`` are not counted.
         config: DeepSpeed's.
+        cut: see ``command``; ours has as many ranks as it has stages.
 
     Returns:
         ``rate`` in images a second, of the median step; ``losses`` and ``seconds`` of each step; ``others``, the
@@ -129,6 +139,8 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any]) -> d
         RuntimeError: a rank failed, or the run did not end in time; ranks may be left running.
     """
     rival, port = RIVALS[name], free_port()
+    if rival.stages:
+        rival = replace(rival, ranks=cut.count(","))
     directory.mkdir(parents=True)
     records.write_json(directory / "config.json", config)
     begin, (busy, own) = time.monotonic(), _busy()
@@ -136,7 +148,7 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any]) -> d
     for rank in range(rival.ranks):
         with open(directory / f"rank{rank}.log", "w") as log:
             env = environment(rival, rank, port)
-            words = command(name, directory, steps)
+            words = command(name, directory, steps, cut)
             ranks.append(subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT))
     while any(codes := [rank.poll() for rank in ranks]) or None in codes:
         failed = next((rank for rank, code in enumerate(codes) if code), None)
@@ -154,38 +166,53 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any]) -> d
     return {"rate": rate, "losses": [line["loss"] for line in lines], "seconds": seconds, "others": others}
 
 
-def latency(directory: Path) -> dict[str, Any]:
+def latency(directory: Path, cut: str) -> dict[str, Any]:
     """Call ``launch`` once, and return the seconds from the call to the beginning of the first step."""
     called = time.time()
     config = {"train_batch_size": 16}
-    run = launch(STAGES, steps=1, config=config, partition=CUT, dropout=0, runs_dir=directory)
+    run = launch(STAGES, steps=1, config=config, partition=cut, dropout=0, runs_dir=directory)
     written = (run.directory / records.STEPS).stat().st_mtime
     return {"latency": written - run.seconds[0] - called}
 
 
 def contest(
-    directory: Path, rivals: list[str], train_batch: int, micro_batch: int, steps: int, repetitions: int, more: bool
+    directory: Path,
+    rivals: list[str],
+    train_batch: int,
+    micro_batch: int,
+    steps: int,
+    repetitions: int,
+    more: bool,
+    cuts: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """Run all rivals, again and again, and yield a row for each run; see ``pipetutor.bench.bench``."""
+    """Run all rivals, again and again, and yield a row for each run; see ``pipetutor.bench.bench``.
+
+    ``cuts`` has the bounds for each number of stages.
+    """
+    cut, many = cuts[str(STAGES)], train_batch // micro_batch
     for repetition in range(repetitions):
         length = steps if repetition == 0 else min(steps, WARM_UP + LATER)
-        runs = [(name, "rivals", train_batch // micro_batch, length) for name in rivals]
-        runs += [("pipeline", "growth", count, WARM_UP + LATER) for count in MICRO_BATCHES if more]
-        for name, part, count, length in runs:
-            # The limit is one rank's rate, which fewer steps tell as well.
-            length = min(length, WARM_UP + LATER) if name == "limit" else length
+        runs = [(name, "rivals", many, length, cut) for name in rivals]
+        if more:
+            runs += [("pipeline", "growth", count, WARM_UP + LATER, cut) for count in MICRO_BATCHES]
+            runs += [("pipeline", "stages", many, WARM_UP + LATER, cuts[str(stages)]) for stages in GROWING_STAGES]
+        for name, part, count, length, bounds in runs:
+            # One number is taken from them, a rate, which fewer steps tell as well.
+            length = length if RIVALS[name].compared and name != "limit" else min(length, WARM_UP + LATER)
             config = read_config(
                 {
                     "train_batch_size": count * micro_batch,
                     "train_micro_batch_size_per_gpu": micro_batch,
                     "optimizer": OPTIMIZER,
-                }
+                },
+                RIVALS[name].dtype,
             )
-            place = directory / "ranks" / f"{repetition}-{part}-{name}-{count}"
-            about = {"part": part, "rival": name, "micro_batches": count, "repetition": repetition}
-            yield about | compete(name, place, length, config)
+            stages = bounds.count(",")
+            place = directory / "ranks" / f"{repetition}-{part}-{name}-{count}-{stages}"
+            about = {"part": part, "rival": name, "micro_batches": count, "stages": stages, "repetition": repetition}
+            yield about | compete(name, place, length, config, bounds)
         if more:
-            yield {"part": "latency", "repetition": repetition} | latency(directory / "launched")
+            yield {"part": "latency", "repetition": repetition} | latency(directory / "launched", cut)
 
 
 if __name__ == "__main__":

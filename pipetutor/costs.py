@@ -40,7 +40,7 @@ class LayerCost:
         backward_input: seconds for the gradient of its input; 0 where nobody needs it, as for images.
         backward_weight: seconds for the gradients of its parameters, added to those of earlier micro-batches.
         first_saving: seconds that ``backward_weight`` takes less in the first micro-batch of a step, which adds
-            to nothing.
+            to nothing; negative where it takes more, for memory that later ones find there.
         parameters: trainable ones; each is 4 bytes.
         output_bytes: the message, when the model is cut behind this layer.
         kept: (number, bytes) of each storage that its backward needs, parameters aside. Two layers that keep the
@@ -116,8 +116,8 @@ class LayerCosts:
 
         Args:
             bounds: P + 1 layer indices, such as ``run.parts``.
-            micro_batches: M, over which the cheaper first backward of a step is averaged in; without it, every
-                backward counts as a later one.
+            micro_batches: M, over which the first backward of a step, which adds to nothing, is averaged in; without
+                it, every backward counts as a later one.
 
         Returns:
             What a stage costs for each micro-batch. Its activation bytes are what is held from the forward to the

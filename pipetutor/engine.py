@@ -15,6 +15,8 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
+from pipetutor.accumulate import accumulate_in_place
+from pipetutor.config import dtype_of
 from pipetutor.layers import join_layers, layer_names
 
 
@@ -106,6 +108,8 @@ def pipeline(model: nn.Module, stages: int, part: str, config: dict[str, Any], r
             backward pass (activation checkpointing; Chen et al., arXiv:1604.06174).
     """
     layers = join_layers(model)
+    if dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage"):
+        accumulate_in_place(layers)  # the others take each gradient from autograd, into a buffer of their own
     if recompute:  # not re-entrant: that would compute a gradient for the images
         config = config | {"pipeline": {"use_reentrant": False}}
     net = PipelineModule(

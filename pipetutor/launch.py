@@ -91,7 +91,7 @@ def launch(
 
     Raises:
         ValueError: something asked for cannot work; nothing was started.
-        RunFailed: a rank failed, or no step was completed within the deadline.
+        RunFailed: a rank failed, or no step was completed within the deadline; its ``directory`` holds what is left.
 
     >>> run = launch(stages=2, steps=20)  # doctest: +SKIP
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
@@ -172,7 +172,7 @@ def launch(
     lines = directory / records.STEPS
     report = watch(command, directory, ranks, deadline, lines, steps - plan.done, "steps", _brief)
     if report["code"] != 0:
-        raise RunFailed(diagnose(directory, report))
+        raise RunFailed(diagnose(directory, report), directory)
     run = Run.load(directory)
     if run.evaluations:
         last = run.evaluations[-1]

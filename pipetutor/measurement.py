@@ -25,6 +25,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipetutor import data, fetch, records
+from pipetutor.accumulate import accumulate_in_place
 from pipetutor.costs import FILE, MICRO_BATCHES, STEPS, LayerCost, LayerCosts
 from pipetutor.forks import forked
 from pipetutor.layers import build, join_layers
@@ -169,6 +170,7 @@ def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | 
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
     torch.manual_seed(SEED)
     layers, loss = join_layers(build(model, dropout=dropout)), nn.CrossEntropyLoss()
+    accumulate_in_place(layers)
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
@@ -224,7 +226,7 @@ def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: flo
 
     kinds = [layer.kind for layer in catalog()[model]]
     later, share = median("later"), median("share")
-    saving = np.clip(later - median("first"), 0, share * later)
+    saving = np.clip(later - median("first"), -share * later, share * later)
     times = zip(median("forward").tolist(), later.tolist(), share.tolist(), saving.tolist(), strict=True)
     layers = [
         LayerCost(kind, forward, (1 - weight) * backward, weight * backward, saved, **memory)

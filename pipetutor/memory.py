@@ -76,8 +76,9 @@ def predict(
         after, before = spans["memory"], np.concatenate([[0.0], spans["memory"][:-1]])
         passing = max(layer.output_bytes for layer in layers) + recompute * max(saved[s] for s in stages)
         # In a first backward pass gradients come while activations go. Later ones hold a layer's new gradient
-        # beside the sum that it is added to.
-        added = parameters + FP32 * max(layer.parameters for layer in layers)
+        # beside the sum that it is added to, unless it is added in place.
+        split = CODE["BackwardWeight"] in spans["kind"]
+        added = parameters + FP32 * max(layer.parameters * (split or layer.kind != "Linear") for layer in layers)
         during = np.where(begun, before + passing + added * (begun > 1), 0)
         during = np.maximum(during, after + parameters * there)
         values = parameters, parameters, optimizer_states * parameters, spans["memory"].max(), during.max()

@@ -275,7 +275,7 @@ def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str
         summary: of a ``pipetutor.bench.Bench``.
         growth: of the same; drawn beside, where it was measured.
     """
-    rivals = [row for row in summary if row["rival"] != "limit"]
+    rivals = [row for row in summary if row["rival"] != "limit" and not row["rival"].startswith("load")]
     bound = next((row["median"] for row in summary if row["rival"] == "limit"), None)
     figure = Picture(figsize=(9.5, 1.1 + 0.4 * len(rivals)), layout="constrained")
     axes, *beside = figure.subplots(1, 2 if growth else 1, squeeze=False, width_ratios=[3, 2] if growth else None)[0]
@@ -289,7 +289,7 @@ def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str
         axes.text(bound, -0.6, f"limit {bound:.1f}", ha="center", va="bottom", fontsize=9)
     axes.set_yticks(range(len(rivals)), [row["title"] for row in rivals], fontsize=9)
     axes.set_ylim(len(rivals) - 0.5, -0.6)
-    axes.set_xlim(0, 1.12 * max(row["maximum"] for row in summary))
+    axes.set_xlim(0, 1.12 * max([bound or 0, *(row["maximum"] for row in rivals)]))
     axes.set_xlabel("images a second")
     plain(axes)
     if growth:

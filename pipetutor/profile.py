@@ -52,6 +52,7 @@ def _key(model: str, micro_batch: int, ranks: int, dropout: float | None) -> dic
         "ranks": ranks,
         "environment": environment(ranks),
         "dtype": DTYPE,
+        "linear gradients": "in place",
         "torch": machine.versions()["torch"],
         "cpu": machine.cpu_name(),
         "cores": machine.cpu_cores(),
@@ -127,7 +128,7 @@ def stage_seconds(
     Args:
         costs: of the model's layers.
         bounds: of the stages.
-        micro_batches: M, over which the cheaper first backward of a step is averaged in; see
+        micro_batches: M, over which the first backward of a step, which adds to nothing, is averaged in; see
             ``LayerCosts.for_bounds``.
         recompute: whether stages compute their forward pass once more to go backward.
     """

@@ -1,6 +1,6 @@
 """What only the bench runs: the reference example, torch's own pipeline, and a plain PyTorch loop.
 
-    RANK=0 WORLD_SIZE=2 ... python -m pipetutor.rivals reference DIRECTORY STEPS
+    RANK=0 WORLD_SIZE=2 ... python -m pipetutor.rivals reference DIRECTORY STEPS CUT
 
 Each is what its users would write, and no more. All start from the same weights, see the same images in the same
 order and update with the same SGD, so their losses must agree. How ranks are started is in ``pipetutor.contest``.
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models import AlexNet
 
 from pipetutor import data, records
-from pipetutor.contest import CUT, SEED
+from pipetutor.contest import SEED
 from pipetutor.fetch import DATA_DIR
 from pipetutor.layers import build, join_layers
 from pipetutor.torch_engine import build_optimizer
@@ -43,12 +43,14 @@ class Task:
         train_batch: images in each.
         micro_batch: images in a micro-batch.
         config: DeepSpeed's.
+        cut: the bounds of torch's pipeline.
     """
 
     steps: int
     train_batch: int
     micro_batch: int
     config: dict[str, Any]
+    cut: str
 
     @property
     def micro_batches(self) -> int:
@@ -126,7 +128,7 @@ def torch_1f1b(task: Task) -> Step:
     """
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     torch.manual_seed(SEED)
-    bounds = [int(bound) for bound in CUT.split(",")]
+    bounds = [int(bound) for bound in task.cut.split(",")]
     module = nn.Sequential(*join_layers(build("alexnet", dropout=0))[bounds[rank] : bounds[rank + 1]]).to(_device())
     stage = PipelineStage(module, rank, last + 1, _device())
     schedule = Schedule1F1B(stage, task.micro_batches, loss_fn=nn.functional.cross_entropy)
@@ -169,12 +171,37 @@ def plain(task: Task) -> Step:
     return step
 
 
+def _loading(task: Task, *sources: Iterator[Any]) -> Step:
+    def step() -> torch.Tensor:
+        for _ in range(task.micro_batches):
+            for source in sources:
+                next(source)
+        return torch.zeros(())
+
+    return step
+
+
+def load_reference(task: Task) -> Step:
+    """Return a step that only loads, as both ends of the reference's pipeline do: each transforms every image."""
+    dataset = InOrder(_trainset(), task)
+    loaders = [DataLoader(dataset, batch_size=task.micro_batch) for _ in range(2)]
+    return _loading(task, *map(iter, loaders))
+
+
+def load(task: Task) -> Step:
+    """Return a step that only loads, as ours do: images on the first stage, labels on the last one."""
+    pixels = data.Pixels(_trainset())
+    return _loading(task, _batches(task, pixels), _batches(task, data.Labels(pixels)))
+
+
 RIVALS: dict[str, Callable[[Task], Step]] = {
     "reference": reference,
     "torch_default": torch_1f1b,
     "torch": torch_1f1b,
     "plain": plain,
     "limit": plain,
+    "load_reference": load_reference,
+    "load": load,
 }
 
 
@@ -189,16 +216,17 @@ def join() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
 
 
-def run(rival: str, directory: Path, steps: int) -> None:
+def run(rival: str, directory: Path, steps: int, cut: str) -> None:
     """Train one rank, and write steps.jsonl as ``pipetutor.train`` does.
 
     Args:
         rival: a name of ``RIVALS``.
         directory: of the run; holds config.json.
         steps: train batches.
+        cut: see ``Task``.
     """
     config = json.loads((directory / "config.json").read_text())
-    task = Task(steps, config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config)
+    task = Task(steps, config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config, cut)
     writer = records.StepWriter(directory if dist.get_rank() == 0 else None, task.train_batch)
     step = RIVALS[rival](task)
     for number in range(1, steps + 1):
@@ -212,8 +240,9 @@ def run(rival: str, directory: Path, steps: int) -> None:
             seconds /= dist.get_world_size()
         writer.write(number, loss, float(seconds))
     dist.barrier()
+    dist.destroy_process_group()  # its threads, still there when the process ends, can end it with SIGABRT
 
 
 if __name__ == "__main__":
     join()
-    run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as runtime
 
+from pipetutor.accumulate import accumulate_in_place
 from pipetutor.batch import batch_arithmetic
 from pipetutor.engine import After, Before, Instruction, engine_config
 from pipetutor.layers import join_layers, layer_names
@@ -194,16 +195,15 @@ class TorchPipeline:
         if (self._last + 1) % self._ranks:
             raise ValueError(f"{self._last + 1} stages cannot be shared evenly by {self._ranks} ranks")
         if recompute and schedule == "zero_bubble":
-            raise ValueError(
-                "zero_bubble cannot recompute: each weight's gradient is computed by itself, and each of them would "
-                "compute the whole stage once more; use 1f1b, or leave recompute out"
-            )
+            raise ValueError("zero_bubble cannot recompute: each weight would do it anew; use 1f1b")
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self._batch = batch_arithmetic(config, replicas=1)
         self._watch = _Watch()
         self._source = _Source(self._watch, self.device, shared=self._ranks == 1)
         layers = join_layers(model)
         names = layer_names(model, layers)
+        if schedule != "zero_bubble":  # it asks autograd for gradients of weights alone
+            accumulate_in_place(layers)
         passed = _boundaries(layers, bounds, (self._batch.micro, *image))
         self._layers: list[tuple[str, nn.Module]] = []
         self._stages: dict[int, Any] = {}

@@ -22,7 +22,15 @@ SUPERVISOR_SECONDS = 10
 
 
 class RunFailed(RuntimeError):
-    """A run ended before its last step; the message names the rank, its exit code and its last words."""
+    """A run ended before its last step; the message names the rank, its exit code and its last words.
+
+    Attributes:
+        directory: of the run, with its logs, heartbeats and checkpoints; None where there is none to look at.
+    """
+
+    def __init__(self, message: str, directory: Path | None = None):
+        super().__init__(message)
+        self.directory = directory
 
 
 def watch(

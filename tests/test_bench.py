@@ -80,6 +80,23 @@ def test_growth_and_latency(tmp_path):
     assert bare.growth == {} and bare.latency == {}
 
 
+def test_stages_loading_and_what_is_not_compared(tmp_path):
+    more = [
+        row("pipeline", rate, part="stages") | {"stages": count} for count, rate in [(4, 3.0), (1, 2.0), (4, 5.0)]
+    ]
+    alone = [row("bf16", 60.0, [9.0]), row("load_reference", 100.0, [0.0]), row("load", 500.0, [0.0])]
+    found = Bench([*ROWS, *more, *alone], tmp_path)
+    assert list(found.by_stages) == [1, 4] and found.by_stages[4]["median"] == 4.0
+    assert found.loading == {"ours": 2.0, "reference": 10.0} and found.wrong == []
+    said = str(found)
+    assert "loading an image: 2.00 ms, the reference 10.00 ms: 0.20 of it" in said
+    assert "ours with P =  4: 4.0 (3.0 to 5.0) images/s" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("ours in bf16")]
+    assert line.split()[3:] == ["60.0", "60.0", "60.0", "2.00", "1.36", "-"]
+    assert len(plots.bench(found.summary).axes[0].patches) == 3, "no bar for what trains nothing"
+    assert Bench(ROWS, tmp_path).loading == {} and Bench(ROWS, tmp_path).by_stages == {}
+
+
 @pytest.mark.parametrize("loss", [1.6, float("nan")])
 def test_a_rival_with_other_losses_is_named(tmp_path, loss):
     found = Bench([*ROWS, row("plain", 99.0, [2.0, loss])], tmp_path)
@@ -147,7 +164,7 @@ if "pipetutor.rivals" in sys.orig_argv:
         contest.SEED = 7
     import torch
     from torchvision import transforms
-    name = Path(__file__).with_name(f"{sys.orig_argv[-3]}-{os.environ['RANK']}")
+    name = Path(__file__).with_name(f"{sys.orig_argv[-4]}-{os.environ['RANK']}")
     resize = transforms.Resize.forward
     def forward(self, image):
         with name.with_suffix(".images").open("a") as file:
@@ -235,5 +252,6 @@ def test_an_interrupt_leaves_nothing_running(runs):
 def test_every_rival_and_more(runs):
     found = bench(**TINY, more=True, runs_dir=runs)
     assert not found.wrong and len(found.summary) == len(contest.RIVALS), str(found)
-    assert set(found.growth) == set(contest.MICRO_BATCHES) and 1 < found.latency["median"] < 100
+    assert set(found.growth) == set(contest.MICRO_BATCHES) and set(found.by_stages) == set(contest.GROWING_STAGES)
+    assert 1 < found.latency["median"] < 100
     assert not processes_of(runs.parent)

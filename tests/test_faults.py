@@ -149,6 +149,7 @@ def failure(runs, fault, **options):
         launch(steps=1000, config=SMALL_SGD, fault=fault, deadline=DEADLINE, runs_dir=runs, **options)
     last = max(path.stat().st_mtime for path in runs.glob("*/steps.jsonl"))
     assert not processes_of(runs.parent)
+    assert records.Run.load(failed.value.directory).status == "failed", "the error knows where the run is kept"
     return str(failed.value), time.time() - last
 
 

@@ -134,6 +134,13 @@ def anchors(page, on_github):
     return [word.replace(" ", "-") for word in words]
 
 
+def test_the_public_names_are_met_in_a_notebook():
+    """What ``pipetutor`` exports, and what the reference example's users know."""
+    met = "\n".join(cell.source for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells)
+    names = {*pipetutor.__all__, "cifar_trainset", "get_args", "train_base", "join_layers", "train_pipe"}
+    assert not {name for name in names if not re.search(rf"\b{name}\b", met)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", read(page))):
