@@ -87,6 +87,11 @@ class Ranks:
         """Readable when the rank behind it has ended."""
         return list(self._pids)
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether every rank was seen to end, and with exit code 0."""
+        return self._count > 0 and [end["code"] for end in self.ended] == [0] * self._count
+
     def look(self) -> None:
         """Find ranks that have started since the last look, by the RANK in their environment."""
         if len(self._pids) + len(self.ended) >= self._count:
@@ -133,7 +138,10 @@ class Progress:
 
 
 def supervise(command: list[str], directory: Path, rank_count: int, deadline: float) -> dict[str, Any]:
-    """Run ``command`` until it ends, a rank dies, it stalls or standard input closes; then leave nothing running.
+    """Run ``command`` until its ranks end, it stalls or standard input closes; then leave nothing running.
+
+    Once every rank has ended well, the command is not waited for: DeepSpeed's launcher looks at its ranks once a
+    second, and takes three in all to notice, to say so and to end.
 
     Args:
         command: what to start; its output goes to ``directory/logs/launcher.log``.
@@ -142,9 +150,9 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
         deadline: seconds without progress after which the run is ended.
 
     Returns:
-        ``code`` of the command (None if it was killed here), ``cancelled``, ``ended``: the ranks in the order in
-        which they ended, with pid, time and exit code, ``deadline``, ``ranks``, the count, and ``stalled``:
-        every rank's last heartbeat, or None if it did not.
+        ``code`` of the command (0 where every rank ended with it, None if it was killed here), ``cancelled``,
+        ``ended``: the ranks in the order in which they ended, with pid, time and exit code, ``deadline``, ``ranks``,
+        the count, and ``stalled``: every rank's last heartbeat, or None if it did not.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ranks, progress = Ranks(rank_count), Progress(directory, rank_count, deadline)
@@ -153,7 +161,7 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
     with open(directory / "logs" / "launcher.log", "wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     child_fd = os.pidfd_open(child.pid)
-    while child.poll() is None and time.monotonic() < end and stalled is None:
+    while child.poll() is None and not ranks.succeeded and time.monotonic() < end and stalled is None:
         ranks.look()
         readable, _, _ = select.select([sys.stdin, child_fd, *ranks.pidfds], [], [], 0.1)
         ranks.collect([fd for fd in readable if isinstance(fd, int)])
@@ -164,7 +172,7 @@ def supervise(command: list[str], directory: Path, rank_count: int, deadline: fl
         if failed and end == float("inf"):
             end = time.monotonic() + GRACE_SECONDS
         stalled = None if failed else progress.stalled()
-    code = child.poll()
+    code = 0 if ranks.succeeded else child.poll()
     ranks.collect(select.select(ranks.pidfds, [], [], 0)[0])
     if stalled is not None:
         beating = {beat.rank for beat in stalled}

@@ -271,6 +271,31 @@ def test_the_bar_saves_few_lines_where_nobody_watches(runs, capfd):
     assert len(re.findall("[\r\n]", errors)) < 30
 
 
+def test_a_launcher_is_not_waited_for_once_its_ranks_have_ended_well(runs, tmp_path):
+    directory = records.create(runs, "lingering")
+    (directory / "logs").mkdir()
+    (directory / "lines.jsonl").touch()
+    records.update(directory, status="finished")
+    launcher = """
+        import glob, os, subprocess, sys, time
+        rank = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        ranks = [subprocess.Popen(rank, env=os.environ | {"RANK": str(r)}, stdin=subprocess.PIPE) for r in (0, 1)]
+        def watched(pid):
+            infos = glob.glob(f"/proc/{os.getppid()}/fdinfo/*")
+            return any(f"Pid:\\t{pid}\\n" in open(info).read() for info in infos)
+        while not all(watched(rank.pid) for rank in ranks):
+            time.sleep(0.01)
+        open(sys.argv[1], "w").write(str(os.getpid()))
+        [rank.stdin.close() for rank in ranks]
+        subprocess.run(["sleep", "100"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(launcher), str(tmp_path / "pid")]
+    report = watch(command, directory, 2, 30, directory / "lines.jsonl", 1, "lines", str)
+    assert report["code"] == 0 and [end["code"] for end in report["ended"]] == [0, 0]
+    assert records.read(directory)["status"] == "finished"
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
 def test_a_failed_run_raises_in_the_cell_that_launched_it(runs):
     os.environ["DS_ACCELERATOR"] = "no such accelerator"
     try:
