@@ -134,11 +134,27 @@ def anchors(page, on_github):
     return [word.replace(" ", "-") for word in words]
 
 
-def test_the_public_names_are_met_in_a_notebook():
-    """What ``pipetutor`` exports, and what the reference example's users know."""
+def public_names(module):
+    return set(re.findall(DEFINED, (ROOT / "pipetutor" / module).read_text(), re.MULTILINE))
+
+
+MODULES = sorted(path.name for path in (ROOT / "pipetutor").glob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_met_in_a_notebook(module):
     met = "\n".join(cell.source for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells)
-    names = {*pipetutor.__all__, "cifar_trainset", "get_args", "train_base", "join_layers", "train_pipe"}
-    assert not {name for name in names if not re.search(rf"\b{name}\b", met)}
+    assert not {name for name in public_names(module) if not re.search(rf"\b{name}\b", met)}
+
+
+def test_what_a_notebook_lists_of_the_code_is_there(notebook):
+    _, _, listed = prose(notebook).partition("### In the code")
+    entries = re.findall(r"^- `(\w+\.py)`: (.+)$", listed, re.MULTILINE)
+    assert entries
+    for module, words in entries:
+        others = re.findall(r"`(\w+\.py)`", words)
+        known = set.union(*map(public_names, [module, *others]))
+        assert set(re.findall(r"`([A-Za-z]\w*)`", words)) <= known, module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
