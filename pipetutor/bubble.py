@@ -1,6 +1,6 @@
 """How large the bubble is when all stages cost the same: the closed forms of the papers. Standard library alone."""
 
-from pipetutor.schedules import require, require_schedule
+from pipetutor.schedules import require_schedule
 
 FORMULAS = {
     "naive": "(P-1)/P",
@@ -29,13 +29,13 @@ def idle_share(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -
         Numerator and denominator of the formula.
 
     Raises:
-        ValueError: no such schedule, or zero_bubble with M < P, where the weight passes cannot fill the end.
+        ValueError: no such schedule, or numbers that it does not take; zero_bubble with M < P, where the weight
+            passes cannot fill the end.
 
     >>> idle_share("gpipe", 4, 9)
     (3, 12)
     """
-    require_schedule(schedule)
-    require(ranks, micro_batches, 0)
+    require_schedule(schedule, ranks, micro_batches, chunks)
     if schedule == "naive":
         return ranks - 1, ranks
     if schedule != "zero_bubble":

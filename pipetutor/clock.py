@@ -40,8 +40,9 @@ class HostClock:
     def peak(self) -> int:
         """Return the most of it since ``start``."""
         status = Path("/proc/self/status").read_text()
-        highest, files = (int(status.split(name)[1].split()[0]) for name in ("VmHWM:", "RssFile:"))
-        return (highest - files) * 1024
+        names = ("VmHWM:", "RssFile:", "RssShmem:")
+        highest, files, shared = (int(status.split(name)[1].split()[0]) for name in names)
+        return (highest - files - shared) * 1024
 
 
 class CudaClock:
@@ -104,6 +105,7 @@ def clock_offset(device: Any, host: str | None = None) -> float:
             begin = time.perf_counter()
             if rank == 0:
                 dist.recv(message, leader)
+                message.item()  # on a GPU, recv returns before the message is there
                 dist.send(message.fill_(time.perf_counter()), leader)
             else:
                 dist.send(message, 0)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 STACK_SIGNAL = signal.SIGUSR1
-COLLECTIVES = ("ReduceGrads", "AggregateLoss")
+COLLECTIVES = ("ReduceGrads", "AggregateLoss", "Barrier")
 _WIDTH = 512
 
 

@@ -105,6 +105,10 @@ class Loop:
         while self.step < args.steps:
             self.step += 1
             self.heart.enter("training", self.step)
+            if self.recorder:
+                # A traced step begins on all ranks at once: none is still busy with the one before.
+                self.heart.before("Barrier", peers=[r for r in range(dist.get_world_size()) if r != dist.get_rank()])
+                dist.barrier()
             begin = time.perf_counter()
             if self.recorder:
                 self.recorder.begin()

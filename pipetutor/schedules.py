@@ -46,6 +46,16 @@ def require(ranks: int, micro_batches: int, rank: int) -> None:
         raise ValueError(f"rank {rank} of {ranks} ranks: use 0 to {ranks - 1}")
 
 
+def _require_chunks(ranks: int, micro_batches: int, chunks: int) -> None:
+    if chunks < 2:
+        raise ValueError(f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2, or 1f1b for one")
+    if micro_batches % ranks:
+        raise ValueError(
+            f"{micro_batches} micro-batches are not a multiple of {ranks} ranks, which interleaving needs: "
+            f"use {(micro_batches // ranks + 1) * ranks} micro-batches"
+        )
+
+
 def _end(rank: int) -> Iterator[Instruction]:
     yield Instruction("ReduceGrads", rank, None)
     yield Instruction("OptimizerStep", rank, None)
@@ -144,13 +154,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, rank: int, chunks: int = 2)
     [1, 1, 3, 3]
     """
     require(ranks, micro_batches, rank)
-    if chunks < 2:
-        raise ValueError(f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2, or 1f1b for one")
-    if micro_batches % ranks:
-        raise ValueError(
-            f"{micro_batches} micro-batches are not a multiple of {ranks} ranks, which interleaving needs: "
-            f"use {(micro_batches // ranks + 1) * ranks} micro-batches"
-        )
+    _require_chunks(ranks, micro_batches, chunks)
     count = chunks * micro_batches
     for forward, number in _alternate(count, min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), count)):
         chunk = number // ranks % chunks
@@ -192,10 +196,15 @@ SCHEDULES: dict[str, Callable[..., Iterator[Instruction]]] = {
 }
 
 
-def require_schedule(schedule: str) -> None:
-    """Raise ValueError unless there is such a schedule."""
+def require_schedule(schedule: str, ranks: int, micro_batches: int, chunks: int) -> None:
+    """Raise ValueError unless there is such a schedule for as many ranks, micro-batches and chunks."""
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}: use {', '.join(SCHEDULES)}")
+    require(ranks, micro_batches, 0)
+    if schedule == "interleaved_1f1b":
+        _require_chunks(ranks, micro_batches, chunks)
+    elif chunks != 1:
+        raise ValueError(f"{chunks} chunks, but {schedule} has 1 on each rank: use interleaved_1f1b")
 
 
 def build(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> list[list[Instruction]]:
@@ -216,12 +225,9 @@ def build(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> lis
     >>> len(build("1f1b", 4, 8))
     4
     """
-    require_schedule(schedule)
-    require(ranks, micro_batches, 0)
+    require_schedule(schedule, ranks, micro_batches, chunks)
     if schedule == "interleaved_1f1b":
         return [list(interleaved_1f1b(ranks, micro_batches, rank, chunks)) for rank in range(ranks)]
-    if chunks != 1:
-        raise ValueError(f"{chunks} chunks, but {schedule} has 1 on each rank: use interleaved_1f1b")
     return [list(SCHEDULES[schedule](ranks, micro_batches, rank)) for rank in range(ranks)]
 
 

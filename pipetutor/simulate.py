@@ -1,6 +1,6 @@
 """What a schedule costs: play its streams with given seconds and bytes, and get the timeline of the step.
 
-The simulator and the checker of ``schedules`` know the rules from one place, ``Form``: the checker plays them
+The simulator and the checker of ``rules`` know the rules from one place, ``Form``: the checker plays them
 in unit time and explains what is wrong, the simulator plays them with costs, all ranks at once. numpy alone.
 """
 
@@ -82,9 +82,13 @@ class Costs:
         half = (backward / 2,) * stages
         return cls((forward,) * stages, half, half, activation_bytes=(1.0,) * stages)
 
+    def wire(self, boundary: int) -> float:
+        """Return the seconds for which a message between stage ``boundary`` and the next occupies the wire."""
+        return self.message_bytes[boundary] / self.bandwidth if self.message_bytes else 0.0
+
     def message(self, boundary: int) -> float:
-        """Return the seconds from sending to arrival between stage ``boundary`` and the next."""
-        return self.latency + (self.message_bytes[boundary] / self.bandwidth if self.message_bytes else 0.0)
+        """Return the seconds from sending to arrival between stage ``boundary`` and the next, on a free wire."""
+        return self.latency + self.wire(boundary)
 
     def seconds(self, ranks: int, full: bool) -> np.ndarray:
         """Return the cost of each instruction: a row for each of ``KINDS``, a column for each stage.
@@ -151,15 +155,16 @@ class _Program(NamedTuple):
         stages, micro_batches = (int(column.max()) + 1 for column in (self.stage, self.micro_batch))
         return Form.of(names, len(self.start) - 1, stages, micro_batches)
 
-    def links(self, form: Form, costs: Costs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return for each instruction what it needs (or NONE), how long that travels, its partner (or itself)."""
+    def links(self, form: Form, costs: Costs) -> "_Links":
+        """Find what each instruction needs, whom it meets, and what it sends."""
         count = len(self.code)
         passes = self.micro_batch != NONE
         where = {CODE[name]: np.full((form.stages, form.micro_batches), NONE) for name in LETTERS}
         for code, table in where.items():
             chosen = np.flatnonzero(passes & (self.code == code))
             table[self.stage[chosen], self.micro_batch[chosen]] = chosen
-        need, travel, partner = np.full(count, NONE), np.zeros(count), np.arange(count)
+        nothing, alone = np.full(count, NONE), np.arange(count)
+        links = _Links(nothing, np.zeros(count, bool), alone, np.full(count, 2), np.zeros(count))
         expected = 0
         for stage in range(form.stages):
             rows = {name: where[CODE[name]][stage] for name in form.work(stage)}
@@ -169,24 +174,37 @@ class _Program(NamedTuple):
                     self.refuse()
                 for other, at in form.needs(name, stage):
                     theirs = where[CODE[other]][at]
-                    need[row] = np.maximum(need[row], theirs) if at == stage else theirs
+                    links.need[row] = np.maximum(links.need[row], theirs) if at == stage else theirs
                     if at % form.ranks != stage % form.ranks:
-                        travel[row] = costs.message(min(at, stage))
+                        links.remote[row] = True
+                        links.way[theirs] = int(at > stage)
+                        links.wire[theirs] = costs.wire(min(at, stage))
                 if name in PARTNERS:
                     other, step = PARTNERS[name]
-                    partner[row] = where[CODE[other]][stage + step]
+                    links.partner[row] = where[CODE[other]][stage + step]
         if expected != np.count_nonzero(passes):
             self.refuse()
-        return need, travel, partner
+        return links
+
+
+class _Links(NamedTuple):
+    """What ties the instructions of a program together, a number for each of them."""
+
+    need: np.ndarray  # what must have ended before, or NONE
+    remote: np.ndarray  # whether that comes as a message, from another rank
+    partner: np.ndarray  # the other end of a Send or Recv; any other instruction is its own
+    way: np.ndarray  # of the message that it makes: 0 to the next stage, 1 to the one before, 2 for none
+    wire: np.ndarray  # seconds for which that message occupies the wire
 
 
 def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline:
     """Play a schedule.
 
     In a full stream a send and its receive meet: both end a message's time after the later of the two began,
-    and the earlier one waits. In a compute stream transfers happen in the background: a result is
-    at the neighbour a message's time after it was made, and a rank that has nothing else to do until then
-    waits in a span ``RecvActivation`` or ``RecvGrad``. A rank that ends early waits in ``AggregateLoss``.
+    and the earlier one waits. In a compute stream transfers happen in the background: a rank has one wire to the next
+    rank and one to that before, and a message leaves as soon as it is made and the wire is free. A rank that has
+    nothing else to do meanwhile spends the time in a span ``RecvActivation`` or ``RecvGrad``: it waits until the
+    message is made, and counts as transfer what comes then. A rank that ends early waits in ``AggregateLoss``.
 
     Args:
         streams: one for each rank. ``check`` a schedule of your own before: here it must only be playable.
@@ -207,18 +225,19 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     form = program.form()
     if len(costs.forward) != form.stages:
         raise ValueError(f"costs for {len(costs.forward)} stages, but the schedule has {form.stages}: give as many")
-    need, travel, partner = program.links(form, costs)
+    need, remote, partner, way, wire = program.links(form, costs)
     cost = costs.seconds(form.ranks, form.full)[program.code, program.stage]
     begin, start = np.zeros(len(cost)), np.zeros(len(cost))
     # NaN: not yet. The last place, NONE, is what needs nothing: it ended before everything.
     end = np.full(len(cost) + 1, np.nan)
     end[NONE] = -np.inf
-    clock = np.zeros(form.ranks)
+    arrive = end.copy()  # when its message is there
+    clock, free = np.zeros(form.ranks), np.zeros((form.ranks, 3))  # of each rank, and of its wires
     at, stop = program.start[:-1].copy(), program.start[1:]
     # A round runs the next instruction of every rank that has what it needs and whose partner has arrived:
     #
     #     round   0  1  2  3  4  5 ...
-    #     rank 0  F0 F1       B0 F2      P = 2, 1F1B: a round is a column of schedules.picture, whatever
+    #     rank 0  F0 F1       B0 F2      P = 2, 1F1B: a round is a column of rules.picture, whatever
     #     rank 1     F0 B0 F1 B1         the costs, so numpy serves all ranks at once.
     ranks = np.flatnonzero(at < stop)
     while ranks.size:
@@ -230,12 +249,15 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
             if not ranks.size:
                 program.refuse()
         begin[now] = clock[ranks]
-        start[now] = np.maximum(np.maximum(clock[ranks], clock[peer]), end[need[now]] + travel[now])
-        end[now] = clock_now = start[now] + cost[now]
-        clock[ranks] = clock_now
+        there = np.where(remote[now], arrive[need[now]], end[need[now]])
+        start[now] = np.maximum(np.maximum(clock[ranks], clock[peer]), there)
+        end[now] = clock[ranks] = start[now] + cost[now]
+        free[ranks, way[now]] = left = np.maximum(free[ranks, way[now]], clock[ranks]) + wire[now]
+        arrive[now] = left + costs.latency
         at[ranks] += 1
         ranks = np.flatnonzero(at < stop)
-    return _timeline(program, form, costs, begin, start, end[:-1], clock)
+    made = np.clip(end[need], begin, start)
+    return _timeline(program, form, costs, begin, made, start, end[:-1], clock)
 
 
 def _timeline(
@@ -243,6 +265,7 @@ def _timeline(
     form: Form,
     costs: Costs,
     begin: np.ndarray,
+    made: np.ndarray,
     start: np.ndarray,
     end: np.ndarray,
     clock: np.ndarray,
@@ -272,42 +295,9 @@ def _timeline(
     where = place[waited] - 1
     write(where, rank=program.rank[waited], stage=program.stage[waited], kind=code)
     write(where, micro_batch=program.micro_batch[waited], begin=begin[waited], end=start[waited])
-    write(where, waiting=(start - begin)[waited], memory=(live - kept)[waited])
+    write(where, waiting=(made - begin)[waited], memory=(live - kept)[waited])
     where = place[program.start[1:] - 1][early] + 1
     rank = np.flatnonzero(early)
     write(where, rank=rank, stage=rank, kind=CODE["AggregateLoss"], micro_batch=NONE, begin=clock[early])
     write(where, end=np.full(len(rank), seconds), waiting=seconds - clock[early])
     return Timeline(spans, 0.0, seconds)
-
-
-class Peak(NamedTuple):
-    """The most that one rank holds at a time: live micro-batches (of any of its stages), and bytes."""
-
-    micro_batches: int
-    bytes: float
-
-
-def peak_live(timeline: Timeline) -> list[Peak]:
-    """Return each rank's peak, of a simulated or of a measured timeline.
-
-    A micro-batch is live on a stage from the beginning of its forward pass to the end of its ``BackwardPass``,
-    or of its ``BackwardWeight`` where backward passes are split.
-
-    Args:
-        timeline: the step.
-
-    Returns:
-        One ``Peak`` for each rank; its bytes are NaN where a measured timeline has no memory.
-
-    >>> from pipetutor.schedules import build
-    >>> [peak.micro_batches for peak in peak_live(simulate(build("1f1b", 4, 8), Costs.equal(4)))]
-    [4, 3, 2, 1]
-    """
-    peaks = []
-    for rank in range(timeline.ranks):
-        spans = timeline.of(rank)
-        change = 1 * (spans["kind"] == CODE["ForwardPass"])
-        change -= np.isin(spans["kind"], [CODE["BackwardPass"], CODE["BackwardWeight"]])
-        memory = spans["memory"][~np.isnan(spans["memory"])]
-        peaks.append(Peak(int(np.cumsum(change).max()), float(memory.max()) if memory.size else math.nan))
-    return peaks

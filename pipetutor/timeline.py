@@ -5,6 +5,7 @@ figures and the tests read it and cannot tell the two apart. numpy alone: a note
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +40,7 @@ SPAN = np.dtype(
         ("begin", "f8"),  # seconds, on a clock that all ranks share
         ("end", "f8"),
         ("waiting", "f8"),  # seconds of the span spent waiting for another rank, at its beginning
-        ("memory", "f8"),  # bytes at the span's end; NaN where nobody looked
+        ("memory", "f8"),  # bytes at the span's end
     ]
 )
 
@@ -99,3 +100,37 @@ class Timeline:
     def bubble(self) -> float:
         """Share of the step that the ranks spend waiting, on average."""
         return sum(row["waiting"] for row in self.accounting()) / (self.ranks * self.seconds)
+
+
+class Peak(NamedTuple):
+    """The most that one rank has at a time: live micro-batches, of any of its stages, and bytes of memory."""
+
+    micro_batches: int
+    bytes: float
+
+
+def peak_live(timeline: Timeline) -> list[Peak]:
+    """Return each rank's peak of live micro-batches, and of the timeline's memory.
+
+    A micro-batch is live on a stage from the beginning of its forward pass to the end of its ``BackwardPass``,
+    or of its ``BackwardWeight`` where backward passes are split. The memory of a simulated timeline is that of live
+    activations; a measured one has all that the rank keeps.
+
+    Args:
+        timeline: the step.
+
+    Returns:
+        One ``Peak`` for each rank.
+
+    >>> from pipetutor.schedules import build
+    >>> from pipetutor.simulate import Costs, simulate
+    >>> [peak.micro_batches for peak in peak_live(simulate(build("1f1b", 4, 8), Costs.equal(4)))]
+    [4, 3, 2, 1]
+    """
+    peaks = []
+    for rank in range(timeline.ranks):
+        spans = timeline.of(rank)
+        change = 1 * (spans["kind"] == CODE["ForwardPass"])
+        change -= np.isin(spans["kind"], [CODE["BackwardPass"], CODE["BackwardWeight"]])
+        peaks.append(Peak(int(np.cumsum(change).max()), float(spans["memory"].max())))
+    return peaks

@@ -7,10 +7,11 @@
 A rank notes two times and its memory for each instruction, and writes them once the step is over. Whose times
 and memory these are is in ``pipetutor.clock``.
 
-How much of a Send or a Recv is waiting is known once all ranks are read: a message can leave when both
-ends have come to it (DeepSpeed sends with blocking calls, which gloo and NCCL complete only against a receive), or
-when it has been computed (torch's pipelines send in the background). What comes after is called transfer. It
-is as good as that: it holds the copies at both ends, and what the operating system does in between.
+How much of a Send or a Recv is waiting is known once all ranks are read. A Send waits until the other end has come
+to its Recv; one that was over before was taken in by a buffer, and has not waited. A Recv waits until its message can
+leave: until the other end has come to the Send (DeepSpeed's calls block), or has computed it (torch's pipelines send
+in the background). What comes after is called transfer. It is as good as that: it holds the copies at both ends, and
+what the operating system does in between.
 """
 
 import json
@@ -30,7 +31,8 @@ from pipetutor.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
 # What "waiting" means in a trace, by whether its engine sends and receives with blocking calls.
 WAITING = {
     True: "until the other end has come to the message; the rest of a Send or Recv is transfer, copies included",
-    False: "until the message has been computed; the rest of a Recv is transfer, and a Send is the wait for its end",
+    False: "of a Send until the other end has come to its Recv, of a Recv until the message has been computed; "
+    "the rest is transfer, as far as a rank stood still for it",
 }
 
 
@@ -178,14 +180,16 @@ def _by_place(spans: np.ndarray) -> dict[tuple[str, int, int, int], np.ndarray]:
     return {(KINDS[s["kind"]], s["stage"], s["replica"], s["micro_batch"]): s for s in spans}
 
 
-def _partner(span: np.ndarray, place: dict[Any, np.ndarray], blocking: bool) -> np.ndarray | None:
-    """Return what a Send or Recv waits for: its other end, or the pass that computes the message."""
+def _awaited(span: np.ndarray, place: dict[Any, np.ndarray], blocking: bool) -> tuple[np.ndarray, float] | None:
+    """Return what a Send or Recv waits for, and until when: its other end, or the pass that computes the message."""
     name, direction = PARTNERS[KINDS[span["kind"]]]
     where = span["stage"] + direction, span["replica"], span["micro_batch"]
-    names = (
-        (name,) if blocking else ("ForwardPass",) if name == "SendActivation" else ("BackwardInput", "BackwardPass")
-    )
-    return next((place[found, *where] for found in names if (found, *where) in place), None)
+    if blocking or name.startswith("Recv"):
+        other = place.get((name, *where))
+        return None if other is None else (other, float(other["begin"]))
+    passes = ("ForwardPass",) if name == "SendActivation" else ("BackwardInput", "BackwardPass")
+    made = next((place[found, *where] for found in passes if (found, *where) in place), None)
+    return None if made is None else (made, float(made["end"]))
 
 
 def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
@@ -203,10 +207,11 @@ def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
     waiting = np.zeros(len(spans))
     for index, span in enumerate(spans):
         name, ready = KINDS[span["kind"]], span["begin"]
-        if name in PARTNERS and (blocking or name.startswith("Recv")):
-            partner = _partner(span, place, blocking)
-            if partner is not None:
-                ready = partner["begin"] if blocking else partner["end"]
+        if name in PARTNERS:
+            awaited = _awaited(span, place, blocking)
+            buffered = blocking and awaited is not None and awaited[1] > span["end"]
+            if awaited is not None and not buffered:
+                ready = awaited[1]
         elif _group(span) in together:
             ready = together[_group(span)]
         waiting[index] = min(max(ready - span["begin"], 0.0), span["end"] - span["begin"])
@@ -256,18 +261,29 @@ def write_chrome(directory: Path) -> Path:
             events.append(slices | {"name": title, "dur": lasts})
             if span["waiting"] > 0:
                 events.append(slices | {"name": "waiting", "cat": "waiting", "dur": 1e6 * span["waiting"]})
-            sender = _partner(span, place, blocking) if name.startswith("Recv") else None
+            sender = _awaited(span, place, blocking) if name.startswith("Recv") else None
             if sender is not None:
-                left = sender["begin"] if blocking else sender["end"]
+                leaves, arrives = _ends(sender[0], span, blocking)
                 arrow = {"name": name[4:], "cat": "message", "id": len(events), "pid": replica}
-                events.append(arrow | {"ph": "s", "ts": 1e6 * (left - origin), "tid": int(sender["rank"])})
-                events.append(arrow | {"ph": "f", "bp": "e", "ts": begin + lasts, "tid": rank})
+                events.append(arrow | {"ph": "s", "ts": 1e6 * (leaves - origin), "tid": int(sender[0]["rank"])})
+                events.append(arrow | {"ph": "f", "bp": "e", "ts": 1e6 * (arrives - origin), "tid": rank})
             counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": begin + lasts, "pid": replica}
             events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
     path = directory / "trace.json"
     about = {"waiting": WAITING[blocking], "devices": [head["device"] for head in trace.heads]}
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
     return path
+
+
+def _ends(sender: np.ndarray, receiver: np.ndarray, blocking: bool) -> tuple[float, float]:
+    """Return when to draw that a message leaves and arrives: well within its slices, to which viewers bind an arrow.
+
+    Send |-- waiting --|  o   transfer       |        or, in the background,  ForwardPass           o |
+    Recv               |       transfer   o  |                                    Recv |-- waiting ----|  o  |
+    """
+    ready = [float(end["begin"] + end["waiting"]) for end in (sender, receiver)]
+    margin = min(float(sender["end"]) - ready[0], float(receiver["end"]) - ready[1]) / 4
+    return (ready[0] + margin if blocking else float(sender["end"]) - margin), float(receiver["end"]) - margin
 
 
 def _named(what: str, name: str, where: dict[str, int]) -> dict[str, Any]:

@@ -140,6 +140,10 @@ def test_no_closed_form():
         closed_form("zero_bubble", 4, 3)
     with pytest.raises(ValueError, match="unknown schedule"):
         closed_form("zb", 4, 3)
+    with pytest.raises(ValueError, match="3 chunks, but gpipe has 1 on each rank"):
+        closed_form("gpipe", 4, 8, chunks=3)
+    with pytest.raises(ValueError, match="6 micro-batches are not a multiple of 4 ranks"):
+        closed_form("interleaved_1f1b", 4, 6, chunks=2)
 
 
 @st.composite
