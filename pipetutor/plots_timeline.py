@@ -13,7 +13,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from pipetutor.picture import COLOURS, STYLES, Picture, plain
-from pipetutor.timeline import COLUMNS, KINDS, Timeline
+from pipetutor.rules import LETTERS
+from pipetutor.timeline import CATEGORIES, COLUMNS, KINDS, Timeline
 from pipetutor.trace import Step
 
 # What is drawn: its colour, its texture, and how much of a rank's row it fills.
@@ -44,7 +45,6 @@ LOOK_OF = {
     "ReduceTiedGrads": "reduce",
     "OptimizerStep": "optimizer",
 }
-NUMBERED = ("ForwardPass", "BackwardPass", "BackwardInput", "BackwardWeight")
 CHUNK_SHADES = 0.45  # how much darker the last of a rank's chunks is than its first
 
 
@@ -115,11 +115,18 @@ def _row(axes: Axes, timeline: Timeline, rank: int, scale: float, longest: float
             shade = np.array(to_rgb(LOOKS[look][0])) * (1 - depth)
             left = (begins + waits)[chosen]
             _bars(axes, left, ends[chosen] - left, rank, look, shade)
-            if KINDS[code] in NUMBERED:
+            if CATEGORIES[KINDS[code]] == "compute":
                 for start, end, number in zip(left, ends[chosen], spans["micro_batch"][chosen], strict=True):
-                    if end - start > longest * 0.0075 * (1 + len(str(number))):
+                    names = f"{LETTERS[KINDS[code]]}{number}", str(number)
+                    if fitting := [name for name in names if end - start > longest * _wide(name)]:
                         colour = "white" if shade @ (0.3, 0.59, 0.11) < 0.55 else "black"
-                        axes.text((start + end) / 2, rank, number, ha="center", va="center", fontsize=8, color=colour)
+                        place = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+                        axes.text((start + end) / 2, rank, fitting[0], **place)
+
+
+def _wide(text: str) -> float:
+    """Return how much of a row's width a text needs, with a margin."""
+    return 0.0075 * (1 + len(text))
 
 
 def _bars(axes: Axes, left: np.ndarray, width: np.ndarray, rank: int, look: str, colour: object) -> None:

@@ -26,13 +26,18 @@ def test_every_pass_is_a_box_with_its_number():
             if KINDS[span["kind"]] in ("ForwardPass", "BackwardPass"):
                 assert (span["begin"], span["end"] - span["begin"], span["rank"]) in boxes
         numbers = Counter(text.get_text() for text in axes.texts)
-        assert numbers == dict.fromkeys("0123", 2 * 2)
+        assert numbers == dict.fromkeys([f"{letter}{n}" for letter in "FB" for n in range(4)], 2)
         assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
     assert above.get_xlim() == below.get_xlim() and "1F1B: 15 units of time" in below.get_title(loc="left")
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
-def test_a_narrow_box_has_no_number():
+def test_a_narrow_box_has_its_number_alone():
+    axes = plots_timeline.timelines({"": theory(ranks=2, micro_batches=10)}).axes[0]
+    assert {text.get_text() for text in axes.texts} == {*map(str, range(10)), *(f"B{n}" for n in range(10))}
+
+
+def test_a_narrower_box_has_none():
     axes = plots_timeline.timelines({"": theory(ranks=2, micro_batches=200)}).axes[0]
     assert not axes.texts and len(axes.patches) > 2 * 2 * 200
 
