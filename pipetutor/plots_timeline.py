@@ -120,8 +120,8 @@ def _row(axes: Axes, timeline: Timeline, rank: int, scale: float, longest: float
                     names = f"{LETTERS[KINDS[code]]}{number}", str(number)
                     if fitting := [name for name in names if end - start > longest * _wide(name)]:
                         colour = "white" if shade @ (0.3, 0.59, 0.11) < 0.55 else "black"
-                        place = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                        axes.text((start + end) / 2, rank, fitting[0], **place)
+                        middle = (start + end) / 2
+                        axes.text(middle, rank, fitting[0], ha="center", va="center", fontsize=8, color=colour)
 
 
 def _wide(text: str) -> float:
