@@ -18,6 +18,7 @@ from torch import nn
 from pipetutor.accumulate import accumulate_in_place
 from pipetutor.config import dtype_of
 from pipetutor.layers import join_layers, layer_names
+from pipetutor.schedules import PARTNERS
 
 
 def say(line: str) -> None:
@@ -227,13 +228,12 @@ def _observe_pipeline(engine: Any, before: Before, after: After) -> None:
     grid, stage, last = engine.grid, engine.stage_id, engine.num_stages - 1
     me = dist.get_rank()
     others = [rank for rank in grid.dp_group if rank != me]
-    neighbours = {"SendActivation": 1, "RecvActivation": -1, "SendGrad": -1, "RecvGrad": 1}
     done: Counter[str] = Counter()
 
     def observed(name: str, execute: Callable[..., None]) -> Callable[..., None]:
         peers = others if name == "ReduceGrads" else []
-        if name in neighbours and 0 <= stage + neighbours[name] <= last:
-            peers = [grid.stage_to_global(stage + neighbours[name])]
+        if name in PARTNERS and 0 <= (neighbour := stage + PARTNERS[name][1]) <= last:
+            peers = [grid.stage_to_global(neighbour)]
 
         def run(self: Any, **kwargs: int) -> None:
             before(Instruction(name, done[name] if "buffer_id" in kwargs else None, peers, stage))

@@ -197,6 +197,11 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     return engine
 
 
+def _own_arguments() -> list[str]:
+    """Return what the command line says, without what the launcher has added to it."""
+    return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+
+
 def _relaunch(args: argparse.Namespace) -> None:
     """Replace this lone CPU rank by the launcher with one rank a stage; does not return.
 
@@ -212,9 +217,8 @@ def _relaunch(args: argparse.Namespace) -> None:
         del os.environ["OMP_NUM_THREADS"]
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     env = {name: value for name, value in os.environ.items() if name not in launched}
-    rest = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(stages)]
-    command += ["--master_port", str(free_port()), "--module", "pipetutor.train", *rest]
+    command += ["--master_port", str(free_port()), "--module", "pipetutor.train", *_own_arguments()]
     os.execve(sys.executable, command, env)
 
 
@@ -231,7 +235,7 @@ def _cut_of_first(plan: Plan) -> Plan:
 
 def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
     """Say in run.json what this run is; a directory that held another run is taken over."""
-    command = f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {shlex.join(sys.argv[1:])}"
+    command = f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {shlex.join(_own_arguments())}"
     known = records.read(args.run_dir)
     if known.get("status") == "starting":  # made by launch for this run
         command = known["command"]

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import SMALL, processes_of
+from conftest import SMALL, SMALL_SGD, processes_of
 
 from pipetutor import Run, RunFailed, launch, records
+from pipetutor.launch import free_port
 from pipetutor.records import STEPS, read_lines
 from pipetutor.watch import watch
 
@@ -258,6 +259,29 @@ def test_the_references_command_lines_work(runs, stages, train_batch):
     assert run.train_batch == train_batch and run.status == "finished" and run.stages == stages
     assert 2.2 < run.losses[0] < 2.4
     assert "--deepspeed_config=ds_config.json" in run.command
+
+
+def test_two_hosts_without_ssh(runs):
+    """README's command for several hosts: this machine under two names, and two launchers that know of each other."""
+    (runs.parent / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    (runs.parent / "small.json").write_text(json.dumps(SMALL_SGD))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "hosts", "--no_ssh"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    train = ["--module", "pipetutor.train", "-p", "2", "-s", "2", "--model", "mobilenet_v3_small"]
+    train += ["--deepspeed_config", "small.json", "--run-dir", "shared"]
+    hosts = [
+        subprocess.Popen([*command, "--node_rank", str(number), *train], cwd=runs.parent, stdout=subprocess.PIPE)
+        for number in (0, 1)
+    ]
+    try:
+        said = [host.communicate(timeout=100)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.terminate()
+    assert [host.returncode for host in hosts] == [0, 0], said
+    run = Run.load(runs.parent / "shared")
+    assert run.status == "finished" and run.stages == 2 and len(run.losses) == 2
+    assert "local_rank" not in run.command
 
 
 def test_the_bar_saves_few_lines_where_nobody_watches(runs, capfd):
