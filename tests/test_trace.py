@@ -54,12 +54,30 @@ def test_one_clock_for_all_ranks(traced):
 
 
 def test_the_account_adds_up_to_the_step(traced):
-    """Nothing counts twice; what is timed is the step that the run itself has timed; little of it is left over."""
-    for step, seconds in zip(trace.load(traced).steps, traced.seconds, strict=True):
+    """Nothing counts twice."""
+    for step in trace.load(traced).steps:
         for account in step.timeline.accounting():
             assert sum(account.values()) == pytest.approx(step.timeline.seconds)
-            assert sum(account.values()) == pytest.approx(seconds, rel=0.02)
-            assert min(account.values()) >= 0 and account["other"] < 0.1 * seconds
+            assert min(account.values()) >= 0
+
+
+def busy_between_steps():
+    """Rank 1 has something else to do for a second after each step."""
+    import os
+    import time
+
+    from pipetutor.records import StepWriter
+
+    if os.environ["RANK"] == "1":
+        write = StepWriter.write
+        StepWriter.write = lambda self, *step: (write(self, *step), time.sleep(1))
+
+
+def test_a_step_begins_on_all_ranks_at_once(runs):
+    """What a rank still does between two steps is no part of the second one, which would not know what it was."""
+    run = train(runs, "-s", 2, "--trace", *MODEL, stages=2, patch=busy_between_steps)
+    for account in trace.load(run).steps[1].timeline.accounting():
+        assert account["other"] < 0.5
 
 
 def test_who_waits_for_whom(runs):
