@@ -283,7 +283,8 @@ def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str
         ours = row["rival"] == "pipeline"
         axes.barh(place, row["median"], 0.6, color=COLOURS[1 if ours else 0], hatch=HATCHES[ours], edgecolor="white")
         axes.hlines(place, row["minimum"], row["maximum"], color="black", linewidth=2)
-        axes.text(row["maximum"], place, f"  {row['median']:.1f}", va="center", fontsize=9)
+        over = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the limit's line
+        axes.text(1.01 * row["maximum"], place, f"{row['median']:.1f}", va="center", fontsize=9, bbox=over)
     if bound is not None:
         axes.axvline(bound, color="black", linestyle="--", linewidth=1)
         axes.text(bound, -0.6, f"limit {bound:.1f}", ha="center", va="bottom", fontsize=9)
