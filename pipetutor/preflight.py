@@ -15,7 +15,7 @@ from pipetutor.bubble import idle_share
 from pipetutor.config import OBJECTS
 from pipetutor.faults import Fault
 from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
-from pipetutor.schedules import SCHEDULES, build
+from pipetutor.schedules import SCHEDULES
 
 DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
 BACKENDS = ("gloo", "nccl")
@@ -217,7 +217,6 @@ def preflight(
     if engine == "torch":
         others = {"eval_every": eval_every, "save_every": save_every, "resume": resume}
         _check_torch_runs(stages, batch, config, others)
-        build(schedule, stages, batch.accumulation, chunks)  # refuses numbers that it cannot order
         idle_share(schedule, stages, batch.accumulation, chunks)
     notice = ""
     if backend is None and 0 < gpus < local_ranks:
