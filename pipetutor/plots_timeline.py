@@ -116,17 +116,13 @@ def _row(axes: Axes, timeline: Timeline, rank: int, scale: float, longest: float
             left = (begins + waits)[chosen]
             _bars(axes, left, ends[chosen] - left, rank, look, shade)
             if CATEGORIES[KINDS[code]] == "compute":
+                dark = shade @ (0.3, 0.59, 0.11) < 0.55
                 for start, end, number in zip(left, ends[chosen], spans["micro_batch"][chosen], strict=True):
-                    names = f"{LETTERS[KINDS[code]]}{number}", str(number)
-                    if fitting := [name for name in names if end - start > longest * _wide(name)]:
-                        colour = "white" if shade @ (0.3, 0.59, 0.11) < 0.55 else "black"
-                        middle = (start + end) / 2
-                        axes.text(middle, rank, fitting[0], ha="center", va="center", fontsize=8, color=colour)
-
-
-def _wide(text: str) -> float:
-    """Return how much of a row's width a text needs, with a margin."""
-    return 0.0075 * (1 + len(text))
+                    room = (end - start) / (0.0075 * longest) - 1  # for so many letters
+                    fitting = [name for name in (f"{LETTERS[KINDS[code]]}{number}", str(number)) if len(name) < room]
+                    if fitting:
+                        place = (start + end) / 2, rank, fitting[0]
+                        axes.text(*place, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
 
 def _bars(axes: Axes, left: np.ndarray, width: np.ndarray, rank: int, look: str, colour: object) -> None:

@@ -163,8 +163,13 @@ class _Program(NamedTuple):
         for code, table in where.items():
             chosen = np.flatnonzero(passes & (self.code == code))
             table[self.stage[chosen], self.micro_batch[chosen]] = chosen
-        nothing, alone = np.full(count, NONE), np.arange(count)
-        links = _Links(nothing, np.zeros(count, bool), alone, np.full(count, 2), np.zeros(count))
+        links = _Links(
+            need=np.full(count, NONE),
+            remote=np.zeros(count, bool),
+            partner=np.arange(count),
+            way=np.full(count, 2),
+            wire=np.zeros(count),
+        )
         expected = 0
         for stage in range(form.stages):
             rows = {name: where[CODE[name]][stage] for name in form.work(stage)}
@@ -232,7 +237,8 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     end = np.full(len(cost) + 1, np.nan)
     end[NONE] = -np.inf
     arrive = end.copy()  # when its message is there
-    clock, free = np.zeros(form.ranks), np.zeros((form.ranks, 3))  # of each rank, and of its wires
+    clock = np.zeros(form.ranks)
+    free = np.zeros((form.ranks, 3))  # from when on a rank's wires are free; the third is for what sends nothing
     at, stop = program.start[:-1].copy(), program.start[1:]
     # A round runs the next instruction of every rank that has what it needs and whose partner has arrived:
     #

@@ -8,10 +8,10 @@ A rank notes two times and its memory for each instruction, and writes them once
 and memory these are is in ``pipetutor.clock``.
 
 How much of a Send or a Recv is waiting is known once all ranks are read. A Send waits until the other end has come
-to its Recv; one that was over before was taken in by a buffer, and has not waited. A Recv waits until its message can
-leave: until the other end has come to the Send (DeepSpeed's calls block), or has computed it (torch's pipelines send
-in the background). What comes after is called transfer. It is as good as that: it holds the copies at both ends, and
-what the operating system does in between.
+to its Recv; a blocking one that was over before was taken in by a buffer, and has not waited. A Recv waits until its
+message can leave: until the other end has come to the Send (DeepSpeed's calls block), or has computed it (torch's
+pipelines send in the background). What comes after is called transfer. It is as good as that: it holds the copies at
+both ends, and what the operating system does in between.
 """
 
 import json
