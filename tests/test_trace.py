@@ -137,9 +137,8 @@ def test_chrome_trace(traced):
     assert sorted(e["id"] for e in by_phase["s"]) == sorted(e["id"] for e in by_phase["f"])
     assert len({e["id"] for e in by_phase["s"]}) == len(by_phase["s"]) == 3 * 2 * 4 * 2
     for arrow in by_phase["s"] + by_phase["f"]:
-        assert (
-            innermost(by_phase["X"], arrow).split()[0] == ("Send" if arrow["ph"] == "s" else "Recv") + arrow["name"]
-        )
+        end = {"s": "Send", "f": "Recv"}[arrow["ph"]]
+        assert innermost(by_phase["X"], arrow).split()[0] == end + arrow["name"]
     assert one_micro_batch(by_phase)
     arrives = {e["id"]: e["ts"] for e in by_phase["f"]}
     assert all(e["ts"] < arrives[e["id"]] for e in by_phase["s"]), "a message cannot arrive before it leaves"
@@ -236,4 +235,4 @@ def test_tracing_costs_less_than_2_percent_of_a_step(runs):
         spent = json.loads((run.directory / f"trace_rank{rank}.cost").read_text())
         shares = [cost / seconds for cost, seconds in zip(spent, run.seconds, strict=True)]
         print(f"rank {rank}: tracing takes {', '.join(f'{share:.2%}' for share in shares)} of its steps")
-        assert sorted(shares)[1] < 0.02
+        assert sorted(shares)[2] < 0.02
