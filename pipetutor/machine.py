@@ -53,6 +53,16 @@ def gpu_count(env: Mapping[str, str] = os.environ) -> int:
     )
 
 
+def bf16_is_native() -> bool:
+    """Say whether this processor multiplies bf16 numbers with instructions of its own. It loads torch.
+
+    Where it does not, oneDNN computes bf16 by way of other formats, many times slower than fp32.
+    """
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def versions() -> dict[str, str]:
     """Return the installed version of each package that decides what a run computes."""
     return {name: importlib.metadata.version(name) for name in PINNED}
