@@ -27,16 +27,19 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 GRADED = {"locked": True, "points": 1, "schema_version": 3, "task": False}
 ANSWER = "def double(x):\n    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION"
 CHECK = "assert double(3) == 6, f'{double(3)} is not twice three'\nprint('right')"
+RIGHT = ["def double(x):\n    return x + x", "def double(number):\n    return sum([number, number])"]
 WRONG = [{"attempt": "def double(x):\n    return x + 2", "says": "5 is not twice"}]
 
 
-def exercise(answer=ANSWER, check=CHECK, wrong=WRONG, name="00-1"):
+def exercise(answer=ANSWER, check=CHECK, right=RIGHT, wrong=WRONG, name="00-1"):
     of_answer = GRADED | {"grade": False, "solution": True, "locked": False, "grade_id": f"{name}-answer"}
     of_check = GRADED | {"grade": True, "solution": False, "grade_id": f"{name}-check"}
     return [
         new_markdown_cell("**Exercise 1.** Define `double`.", id=f"{name}-task"),
         new_code_cell(answer, id=f"{name}-a", metadata={"nbgrader": of_answer}),
-        new_code_cell(check, id=f"{name}-c", metadata={"nbgrader": of_check, "pipetutor": {"wrong": wrong}}),
+        new_code_cell(
+            check, id=f"{name}-c", metadata={"nbgrader": of_check, "pipetutor": {"right": right, "wrong": wrong}}
+        ),
     ]
 
 
@@ -165,16 +168,23 @@ def test_smoke_runs_the_attempts_and_gives_the_answer_back(tmp_path):
     write(tmp_path / "n", "01_lenient", cells=lenient, smoke={})
     write(tmp_path / "n", "02_untested", cells=exercise(wrong=[]), smoke={})
     write(tmp_path / "n", "03_unknown", cells=exercise())
+    strict = exercise(check=f"import inspect\nassert 'x + x' in inspect.getsource(double), 'add'\n{CHECK}")
+    strict[1].source = ANSWER.replace("2 * x", "x + x")
+    write(tmp_path / "n", "04_strict", cells=strict, smoke={})
     said = run(tmp_path / "n", "--smoke")
     told = verdicts(said)
     assert said.returncode == 1 and told["00_good"] == "ok"
     assert "AssertionError: exercise 00-1: the check accepts a wrong answer" in told["01_lenient"]
+    assert (
+        f"a right answer ends in AssertionError: add, after this attempt: {' '.join(RIGHT[1].split())}"
+        in told["04_strict"]
+    )
     assert told["03_unknown"].startswith("its metadata has no pipetutor.smoke")
     assert told["02_untested"].startswith("exercise 00-1: the check has no wrong attempt")
     executed = nbformat.read(tmp_path / "n" / "out" / "00_good.ipynb", as_version=4)
     outputs = [output.text for cell in executed.cells for output in cell.get("outputs", [])]
-    refused = "exercise 00-1: the check refuses the unanswered cell and 1 wrong answers\n"
-    assert outputs == ["right\n", refused, "right\n"]
+    tried = "exercise 00-1: 2 more right answers are accepted, 1 wrong ones refused\n"
+    assert outputs == ["right\n", tried, "right\n"]
 
 
 @pytest.fixture
@@ -194,6 +204,8 @@ HALF = ("def double(x):\n    return x + 2", "5 is not twice")
     [
         (UNANSWERED, [HALF], CHECK, None),
         ("raise NotImplementedError()", [HALF], CHECK, None),
+        (UNANSWERED, [HALF], "assert double(3) == 7", "a right answer ends in AssertionError"),
+        (UNANSWERED, [HALF], "double(number=3)", "a right answer ends in TypeError"),
         (UNANSWERED, [HALF], "pass", "accepts an answer that nobody gave"),
         ("doubel", [HALF], CHECK, "a cell without an answer ends in NameError"),
         (UNANSWERED, [("def double(x):\n    return 6", "twice")], CHECK, "accepts a wrong answer"),
@@ -206,11 +218,11 @@ HALF = ("def double(x):\n    return x + 2", "5 is not twice")
 def test_a_check_is_tested(shell, capsys, unanswered, wrong, check, complaint):
     shell.run_cell(ANSWER)
     if complaint is None:
-        run_notebooks._refuse("00-1", unanswered, wrong, check)
-        assert f"refuses the unanswered cell and {len(wrong)} wrong" in capsys.readouterr().out
+        run_notebooks._try("00-1", RIGHT, unanswered, wrong, check)
+        assert f"2 more right answers are accepted, {len(wrong)} wrong ones refused" in capsys.readouterr().out
     else:
         with pytest.raises(AssertionError, match="exercise 00-1: ") as refusal:
-            run_notebooks._refuse("00-1", unanswered, wrong, check)
+            run_notebooks._try("00-1", RIGHT, unanswered, wrong, check)
         assert complaint in str(refusal.value)
     assert "Traceback" not in capsys.readouterr().out
 
@@ -224,6 +236,9 @@ def test_a_check_is_tested(shell, capsys, unanswered, wrong, check, complaint):
         (exercise()[:2], "no check with the grade_id 00-1-check follows"),
         ([*exercise()[:2], exercise(name="00-2")[2]], "no check with the grade_id 00-1-check follows"),
         ([exercise()[2]], "exercise 00-1: the check does not follow an answer"),
+        (exercise(right=RIGHT[:1]), "needs two right answers"),
+        (exercise(right=[RIGHT[0], RIGHT[0]]), "needs two right answers"),
+        (exercise(right=[RIGHT[0], ANSWER]), "needs two right answers"),
         (exercise(wrong=[]), "has no wrong attempt"),
         (exercise(wrong=[{"attempt": "x = 1"}]), "needs both, attempt and says"),
         ([new_code_cell(ANSWER)], "a solution in a cell that nbgrader does not know"),
@@ -232,7 +247,8 @@ def test_a_check_is_tested(shell, capsys, unanswered, wrong, check, complaint):
 def test_exercises_are_complete(cells, problem):
     found, problems = course.exercises(new_notebook(cells=cells))
     if problem is None:
-        assert not problems and [one.name for one in found] == ["00-1"] and found[0].wrong == WRONG
+        assert not problems and [one.name for one in found] == ["00-1"]
+        assert (found[0].right, found[0].wrong) == (RIGHT, WRONG)
     else:
         assert any(problem in said for said in problems), problems
 

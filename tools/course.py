@@ -6,8 +6,9 @@ notebooks/index.md, is made from it, by
     python tools/course.py      # or: make map
 
 An exercise is two code cells, as nbgrader has them: the answer, whose solution stands between two markers, and the
-check, whose assertions explain a wrong answer. The metadata of the check holds wrong attempts, too
-(``pipetutor.wrong``), with words of the message that each must get; ``make smoke`` tries them.
+check, whose assertions explain a wrong answer. The metadata of the check holds attempts, which ``make smoke`` tries:
+right answers in other forms than the given one (``pipetutor.right``), and wrong ones with words of the message that
+each must get (``pipetutor.wrong``).
 """
 
 import re
@@ -58,12 +59,14 @@ class Exercise:
         name: such as ``00-1``.
         answer: the cell with the given answer.
         check: the cell after it.
+        right: whole answers in other forms than the given one, which the check must accept.
         wrong: attempts that the check must refuse, each with ``says``, words of the message.
     """
 
     name: str
     answer: NotebookNode
     check: NotebookNode
+    right: list[str]
     wrong: list[dict[str, str]]
 
 
@@ -109,18 +112,21 @@ def exercises(notebook: NotebookNode) -> tuple[list[Exercise], list[str]]:
             continue
         name = about["grade_id"].removesuffix("-answer")
         check, rule = roles[index + 1] if index + 1 < len(roles) else (None, {})
-        wrong = check.metadata.get("pipetutor", {}).get("wrong", []) if check else []
+        attempts = check.metadata.get("pipetutor", {}) if check else {}
+        right, wrong = attempts.get("right", []), attempts.get("wrong", [])
         places = [cell.source.find(marker) for marker in MARKERS]
         if [cell.source.count(marker) for marker in MARKERS] != [1, 1] or places[0] > places[1]:
             problems.append(f"exercise {name}: the answer must hold one solution, between {' and '.join(MARKERS)}")
         elif check is None or not rule.get("grade") or rule["grade_id"] != f"{name}-check":
             problems.append(f"exercise {name}: no check with the grade_id {name}-check follows the answer")
+        elif len(set(right) - {cell.source}) < 2:
+            problems.append(f"exercise {name}: the check needs two right answers in other forms than the given one")
         elif not wrong:
             problems.append(f"exercise {name}: the check has no wrong attempt, so nobody knows that it can fail")
         elif not all(isinstance(w, dict) and w.get("attempt") and w.get("says") for w in wrong):
             problems.append(f"exercise {name}: a wrong attempt needs both, attempt and says")
         else:
-            found.append(Exercise(name, cell, check, wrong))
+            found.append(Exercise(name, cell, check, right, wrong))
     paired = {exercise.check.id for exercise in found}
     complained = " ".join(problems)
     for cell, about in checks:

@@ -10,8 +10,8 @@ What papermill alone does not do, and this does:
 - A failure does not keep the others from running. The status is 1 if any failed.
 - A cell and a notebook have a time limit. Whatever a notebook has started ends with it: this process adopts all
   orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), so none slips away.
-- With ``--smoke`` the exercises are tested: after each check has accepted the given answer, it must refuse the
-  unanswered cell and every wrong attempt, in the same kernel.
+- With ``--smoke`` the exercises are tested: after each check has accepted the given answer, it must accept every
+  other right one, and refuse the unanswered cell and every wrong attempt, in the same kernel.
 
 The executed copy is ``build/notebooks/NAME.ipynb``. It is written under a hidden name and moved when the notebook has
 passed; that of a notebook that failed is called ``NAME.failed.ipynb``. With ``--smoke`` they are in ``build/smoke``.
@@ -53,8 +53,8 @@ TELL_SECONDS = 30.0  # how often a log, which is no terminal, hears of a noteboo
 # --- the exercises -----------------------------------------------------------------------------------------------
 
 
-def _refuse(exercise, unanswered, wrong, check):  # its source is sent to the kernel
-    """Fail unless the check refuses the unanswered cell and each wrong attempt, in the words that were promised."""
+def _try(exercise, right, unanswered, wrong, check):  # its source is sent to the kernel
+    """Fail unless the check accepts what is right, and refuses in the promised words what is wrong or unanswered."""
     from IPython import get_ipython
     from IPython.utils.capture import capture_output
 
@@ -79,6 +79,10 @@ def _refuse(exercise, unanswered, wrong, check):  # its source is sent to the ke
     def fail(what, attempt):
         raise AssertionError(f"exercise {exercise}: {what}, after this attempt:\n{attempt}") from None
 
+    for attempt in right:
+        _, fault = fault_of(attempt, check)
+        if fault is not None:
+            fail(f"a right answer ends in {type(fault).__name__}: {fault}", attempt)
     _, fault = fault_of(unanswered, check)
     if fault is None:
         fail("the check accepts an answer that nobody gave", unanswered)
@@ -94,7 +98,7 @@ def _refuse(exercise, unanswered, wrong, check):  # its source is sent to the ke
             fail(f"the check ends in {type(fault).__name__} ({fault}), and explains nothing", attempt)
         if " ".join(says.split()) not in " ".join(str(fault).split()):
             fail(f"the check should say {says!r}, and says {str(fault)!r}", attempt)
-    print(f"exercise {exercise}: the check refuses the unanswered cell and {len(wrong)} wrong answers")
+    print(f"exercise {exercise}: {len(right)} more right answers are accepted, {len(wrong)} wrong ones refused")
 
 
 def with_attempts(notebook: NotebookNode) -> NotebookNode:
@@ -118,9 +122,10 @@ def with_attempts(notebook: NotebookNode) -> NotebookNode:
         if one := checks.get(cell.id):
             wrong = [(each["attempt"], each["says"]) for each in one.wrong]
             source = (
-                f"# Made by make smoke: what the check of exercise {one.name} must refuse.\n\n"
-                f"{inspect.getsource(_refuse)}\n\n"
-                f"_refuse({one.name!r}, {unanswered[one.answer.id]!r}, {wrong!r}, {one.check.source!r})\ndel _refuse"
+                f"# Made by make smoke: what the check of exercise {one.name} must accept and refuse.\n\n"
+                f"{inspect.getsource(_try)}\n\n"
+                f"_try({one.name!r}, {one.right!r}, {unanswered[one.answer.id]!r}, {wrong!r}, {one.check.source!r})\n"
+                "del _try"
             )
             note = "# Made by make smoke: as it was before.\n"  # later cells may use names of both
             texts = {"attempts": source, "answer": note + one.answer.source, "check": note + one.check.source}
