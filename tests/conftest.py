@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from pipetutor import Run
 from pipetutor.config import read_config
 from pipetutor.launch import free_port
 
+HANGS = 600.0  # seconds: generous, for a slow machine with other work; only what hangs takes longer
 SMALL = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2}
 SMALL_SGD = SMALL | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 
@@ -81,7 +83,7 @@ def train(
     replicas: int = 1,
     config: dict | None = None,
     patch: Callable[[], None] | None = None,
-    seconds: float = 60,
+    seconds: float = HANGS,
 ) -> Run:
     """Run ``pipetutor.train`` in forked ranks, as DeepSpeed's launcher would, and return its record.
 
@@ -99,14 +101,15 @@ def train(
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(seconds)
+        running, end = {process.sentinel for process in processes}, time.monotonic() + seconds
+        while running and time.monotonic() < end and not any(process.exitcode for process in processes):
+            running -= set(connection.wait(list(running), end - time.monotonic()))
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.join()
-    if any(codes):
+    if any(code != 0 for code in codes):
         said = "\n".join((directory / f"rank{r}.txt").read_text()[-3000:] for r in range(ranks))
         raise RankFailed(f"exit codes {codes}\n{said}")
     return Run.load(directory)

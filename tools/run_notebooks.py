@@ -8,7 +8,8 @@ What papermill alone does not do, and this does:
 
 - A parameter that a notebook does not have is an error, before anything starts.
 - A failure does not keep the others from running. The status is 1 if any failed.
-- A cell and a notebook have a time limit. Whatever a notebook has started ends with it: this process adopts all
+- A notebook that gets on is never cut off, however slow the machine; one whose cell says nothing for too long, no
+  output and no change of its progress bar, is ended. Whatever it has started ends with it: this process adopts all
   orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), so none slips away.
 - With ``--smoke`` the exercises are tested: after each check has accepted the given answer, it must accept every
   other right one, and refuse the unanswered cell and every wrong attempt, in the same kernel.
@@ -22,12 +23,13 @@ import copy
 import ctypes
 import inspect
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -40,13 +42,16 @@ import papermill
 import psutil
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 import course
 from pipetutor.supervise import PR_SET_CHILD_SUBREAPER, descendants, kill_descendants, reap
 
 PR_SET_PDEATHSIG = 1
-PATIENCE_SECONDS = 5.0  # for what a notebook has started to end of itself, once its kernel is gone
+KERNEL_SECONDS = 600  # for a kernel to start, and for its last output to come once it says that a cell has ended
+GRACE_SECONDS = 15.0  # for what a notebook has started to end of itself, once its kernel is gone
 TELL_SECONDS = 30.0  # how often a log, which is no terminal, hears of a notebook that is running
 
 
@@ -137,7 +142,30 @@ def with_attempts(notebook: NotebookNode) -> NotebookNode:
 # --- one notebook ------------------------------------------------------------------------------------------------
 
 
-def _execute(source: str, target: str, directory: str, parameters: dict, cell_limit: int, pipe: Connection) -> None:
+class _Client(PapermillNotebookClient):
+    """papermill's client, which notes when the kernel last said anything about the running cell."""
+
+    def __init__(self, nb_man: Any, heard: Any, **traits: Any):
+        super().__init__(nb_man, startup_timeout=KERNEL_SECONDS, iopub_timeout=KERNEL_SECONDS, **traits)
+        self._heard = heard
+
+    def process_message(self, *message: Any) -> NotebookNode | None:
+        self._heard.value = time.monotonic()
+        return super().process_message(*message)
+
+
+class _Engine(NBClientEngine):
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: Any, kernel_name: str, heard: Any, on_cell_execute: Callable, **_: Any
+    ) -> None:
+        _Client(nb_man, heard, kernel_name=kernel_name, on_cell_execute=on_cell_execute).execute()
+
+
+papermill_engines.register("heard", _Engine)
+
+
+def _execute(source: str, target: str, directory: str, parameters: dict, heard: Any, pipe: Connection) -> None:
     """Execute a notebook in a process of its own, which tells through the pipe what it does."""
     os.setsid()  # Ctrl-C in the terminal is for the parent alone
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -146,11 +174,9 @@ def _execute(source: str, target: str, directory: str, parameters: dict, cell_li
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silent, descriptor)
-    verdict, running = "ok", "before the first cell"
+    fault = ""
 
     def tell(cell: NotebookNode, cell_index: int) -> None:
-        nonlocal running
-        running = f"cell {cell.id}"
         pipe.send(("cell", cell.id, _first_line(cell.source)))
 
     try:
@@ -161,16 +187,15 @@ def _execute(source: str, target: str, directory: str, parameters: dict, cell_li
             cwd=directory,
             kernel_name="python3",
             progress_bar=False,
-            execution_timeout=cell_limit,
+            engine_name="heard",
+            heard=heard,
             on_cell_execute=tell,
         )
-    except PapermillExecutionError as fault:
-        verdict = f"{running}: {fault.ename}: {' '.join(fault.evalue.split())}"
-    except TimeoutError:
-        verdict = f"{running}: takes more than {cell_limit} s, the limit for a cell"
-    except Exception as fault:  # whatever it is, it belongs into the table
-        verdict = f"{running}: {type(fault).__name__}: {' '.join(str(fault).split())}"
-    pipe.send(("verdict", verdict, ""))
+    except PapermillExecutionError as error:
+        fault = f"{error.ename}: {' '.join(error.evalue.split())}"
+    except Exception as error:  # whatever it is, it belongs into the table
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    pipe.send(("ended", "", fault))
 
 
 def _first_line(source: str) -> str:
@@ -187,7 +212,7 @@ def _end(worker: BaseProcess) -> list[str]:
         for process in [*psutil.Process(worker.pid).children(), psutil.Process(worker.pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = time.monotonic() + GRACE_SECONDS
     while (left := _alive()) and time.monotonic() < end:
         time.sleep(0.05)
     said = []
@@ -263,23 +288,26 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
     line = Line(lesson.name, sum(cell.cell_type == "code" for cell in notebook.cells) + bool(parameters))
     forks = get_context("fork")
     pipe, end = forks.Pipe(duplex=False)
-    limits = (options.cell_limit, end)
+    heard = forks.RawValue("d", math.inf)  # when its kernel last said something; it is given time to start
     worker = forks.Process(
-        target=_execute, args=(given, os.path.relpath(hidden), lesson.path.parent, parameters, *limits)
+        target=_execute, args=(given, os.path.relpath(hidden), lesson.path.parent, parameters, heard, end)
     )
-    verdict, deadline = "", time.monotonic() + options.limit
+    place, verdict = "before the first cell", ""
     try:
         worker.start()
         end.close()
         try:
-            while not verdict and time.monotonic() < deadline:
+            while not verdict:
                 if pipe.poll(1):
                     kind, name, words = pipe.recv()
-                    if kind == "verdict":
-                        verdict = name
-                        worker.join(PATIENCE_SECONDS)
-                    else:
+                    if kind == "cell":
+                        place = f"cell {name}"
                         line.cell(name, words)
+                    else:
+                        verdict = f"{place}: {words}" if words else "ok"
+                        worker.join(GRACE_SECONDS)
+                elif time.monotonic() - heard.value > options.patience:
+                    verdict = f"{place}: nothing happened for {options.patience} s"
                 line.show()
         except EOFError:
             verdict = "the process that executed it is gone; was it killed, for want of memory, say?"
@@ -288,7 +316,6 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
             left = _end(worker) if worker.pid else []
             pipe.close()
             source.unlink(missing_ok=True)
-            verdict = verdict or f"takes more than {options.limit} s, the limit for a notebook"
             if verdict == "ok" and left:
                 verdict = f"left {len(left)} processes running: {left[0]} ..."
             if hidden.exists():
@@ -360,13 +387,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--smoke", action="store_true", help="the parameters of pipetutor.smoke; test the exercises")
     parser.add_argument("--stale", action="store_true", help="only those without an executed copy that is up to date")
-    parser.add_argument("--limit", type=int, help="seconds for a notebook (400; with --smoke 180)")
-    parser.add_argument("--cell-limit", type=int, help="seconds for a cell (300; with --smoke 120)")
+    parser.add_argument(
+        "--patience", type=int, default=600, metavar="SECONDS", help="end a notebook that says nothing so long (600)"
+    )
     parser.add_argument("--notebooks", type=Path, default=course.NOTEBOOKS, help="the directory that they are in")
     parser.add_argument("--output", type=Path, help="build/notebooks; with --smoke build/smoke")
     options = parser.parse_args(words)
-    options.limit = options.limit or (180 if options.smoke else 400)
-    options.cell_limit = options.cell_limit or (120 if options.smoke else 300)
     options.output = (options.output or course.ROOT / "build" / ("smoke" if options.smoke else "notebooks")).resolve()
     return options
 
