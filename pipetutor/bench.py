@@ -4,7 +4,7 @@
 
 All train the same AlexNet on the same images with the same SGD; their losses are compared as well, since a rival
 that computes something else is no rival. Who they are is in ``pipetutor.contest``, what they run in
-``pipetutor.rivals``. Nothing here loads torch.
+``pipetutor.rivals``. Nothing here loads torch, except to ask whether bf16 is worth a run.
 """
 
 import argparse
@@ -28,6 +28,10 @@ from pipetutor.watch import RunFailed, ending_with_a_status, watch
 
 FILE = "bench.json"
 TOLERANCE = 1e-4  # of a loss; rounding makes 1e-6, and gradients that are 4 times too large 2e-3
+SLOW_BF16 = (
+    "bf16 is left out: this processor has no instructions for it, and computes it by way of other formats, "
+    "many times slower than fp32"
+)
 GIGABYTES = 4.0  # 3 were measured, with Adam, which keeps more than SGD
 
 
@@ -64,10 +68,12 @@ class Bench:
     Attributes:
         rows: a dict for each run; see ``pipetutor.contest.compete``.
         directory: where ``bench.json`` holds the same.
+        left_out: which rival was asked for and cannot sensibly run on this machine, and why; else empty.
     """
 
     rows: list[dict[str, Any]] = field(repr=False)
     directory: Path
+    left_out: str = ""
 
     def _runs(self, part: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["part"] == part]
@@ -145,6 +151,8 @@ class Bench:
             share = found["ours"] / found["reference"]
             both = f"{found['ours']:.2f} ms, the reference {found['reference']:.2f} ms"
             lines.append(f"loading an image: {both}: {share:.2f} of it")
+        if self.left_out:
+            lines.append(self.left_out)
         for count, row in self.growth.items():
             bound = f", limit {row['limit']:.1f}" if "limit" in row else ""
             lines.append(f"ours with M = {count:2}: {_range(row)} images/s{bound}")
@@ -187,7 +195,7 @@ def bench(
 
     Args:
         rivals: names of ``pipetutor.contest.RIVALS``; the losses are compared with those of the first, where they
-            are to be the same.
+            are to be the same. ``bf16`` is left out, with a word, where the processor has no instructions for it.
         train_batch: images in a step.
         micro_batch: images in a micro-batch.
         steps: of the first repetition, whose losses are compared; the later ones are shorter.
@@ -210,6 +218,11 @@ def bench(
             raise ValueError(f"unknown rival {name!r}: there is {', '.join(RIVALS)}")
     if len(set(rivals)) < len(rivals):
         raise ValueError(f"rivals are {', '.join(rivals)}, but each can take part once")
+    left_out = ""
+    if "bf16" in rivals and machine.gpu_count() < STAGES and not machine.bf16_is_native():
+        rivals, left_out = [name for name in rivals if name != "bf16"], SLOW_BF16
+        if not rivals:
+            raise ValueError(f"{SLOW_BF16}; compare other rivals: pipeline, say")
     natural("repetitions", repetitions, 1, example=3)
     natural("steps", steps, WARM_UP + 1, example=10)
     config = read_config({"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch})
@@ -254,8 +267,8 @@ def bench(
     if report["code"] != 0:
         log = (directory / "logs" / "launcher.log").read_text(errors="replace")
         raise RunFailed(f"the bench ended with status {report['code']}:\n{log[-2000:]}")
-    found = Bench(list(records.read_lines(lines)), directory)
-    names = ("summary", "growth", "by_stages", "loading", "latency", "others", "wrong", "rows")
+    found = Bench(list(records.read_lines(lines)), directory, left_out)
+    names = ("summary", "growth", "by_stages", "loading", "latency", "others", "wrong", "left_out", "rows")
     measured = {name: getattr(found, name) for name in names}
     about = {"asked": asked, "machine": machine.check(), "warm_up": WARM_UP, "steps_of_later_repetitions": LATER}
     records.write_json(directory / FILE, about | measured)

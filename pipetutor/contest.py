@@ -34,7 +34,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)  # of the runs that show how throughput grows
 GROWING_STAGES = (1, 2, 4)  # likewise, with the train batch of the rivals
 WARM_UP = 2  # steps: memory is allocated, shapes are agreed on
 LATER = 2  # steps that are measured in the repetitions after the first, which runs as many as losses are compared
-PATIENCE_SECONDS = 600
+PATIENCE_SECONDS = 600  # without a step: a slow machine may take as many steps' time as it needs
 DEFAULTS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "LOCAL_RANK")
 
 
@@ -136,7 +136,7 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any], cut:
         cores that other programs kept busy meanwhile.
 
     Raises:
-        RuntimeError: a rank failed, or the run did not end in time; ranks may be left running.
+        RuntimeError: a rank failed, or no step ended for too long; ranks may be left running.
     """
     rival, port = RIVALS[name], free_port()
     if rival.stages:
@@ -144,6 +144,7 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any], cut:
     directory.mkdir(parents=True)
     records.write_json(directory / "config.json", config)
     begin, (busy, own) = time.monotonic(), _busy()
+    steps_file, seen, moved = directory / records.STEPS, 0, begin
     ranks = []
     for rank in range(rival.ranks):
         with open(directory / f"rank{rank}.log", "w") as log:
@@ -152,13 +153,15 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any], cut:
             ranks.append(subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT))
     while any(codes := [rank.poll() for rank in ranks]) or None in codes:
         failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None or time.monotonic() - begin > PATIENCE_SECONDS:
-            what = f"no end within {PATIENCE_SECONDS} s" if failed is None else f"rank {failed} failed"
+        if (size := steps_file.stat().st_size if steps_file.exists() else 0) > seen:
+            seen, moved = size, time.monotonic()
+        if failed is not None or time.monotonic() - moved > PATIENCE_SECONDS:
+            what = f"no step within {PATIENCE_SECONDS} s" if failed is None else f"rank {failed} failed"
             said = (directory / f"rank{failed or 0}.log").read_text(errors="replace")[-1500:]
             raise RuntimeError(f"{name}: {what}; the last words of rank {failed or 0}:\n{said}")
         time.sleep(0.05)
     lasted = time.monotonic() - begin
-    lines = list(records.read_lines(directory / records.STEPS))
+    lines = list(records.read_lines(steps_file))
     seconds = [line["seconds"] for line in lines]
     rate = config["train_batch_size"] / statistics.median(seconds[WARM_UP:])
     busier, more = _busy()

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import processes_of
+from conftest import HANGS, processes_of
 from test_launch import wait_until
 
-from pipetutor import contest, plots
+from pipetutor import contest, machine, plots
 from pipetutor.bench import Bench, bench, limit, main
 from pipetutor.launch import RunFailed
 
@@ -140,8 +140,38 @@ def test_bad_input_is_refused_before_anything_starts(given, words, runs):
 def test_the_command_refuses_bad_input_with_status_2(tmp_path):
     for flags, words in [(["--rivals", "jax"], "unknown rival 'jax'"), (["--steps", "x"], "invalid int value")]:
         command = [sys.executable, "-m", "pipetutor.bench", *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 2 and words in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_bf16_is_left_out_where_it_would_crawl(runs, monkeypatch):
+    monkeypatch.setattr(machine, "bf16_is_native", lambda: False)
+    with pytest.raises(ValueError, match=r"no instructions for it.*compare other rivals"):
+        bench(["bf16"], runs_dir=runs)
+    assert not runs.exists()
+    found = bench(["load", "bf16"], **TINY, runs_dir=runs)
+    assert [row["rival"] for row in found.rows] == ["load"]
+    assert "\nbf16 is left out: this processor has no instructions" in str(found)
+    assert json.loads((found.directory / "bench.json").read_text())["left_out"] == found.left_out
+
+
+def test_a_run_may_take_its_time_as_long_as_steps_end(tmp_path, monkeypatch):
+    """Steps that take longer together than the patience for one; then none comes."""
+    monkeypatch.setattr(contest, "PATIENCE_SECONDS", 4)
+    line = {"loss": 1.0, "seconds": 4.0}
+    step = f"time.sleep(2); file.write('{json.dumps(line)}' + chr(10)); file.flush()"
+    for name, last in (("ends", "pass"), ("hangs", "time.sleep(100)")):
+        place = tmp_path / name
+        code = (
+            f"import time\nwith open({str(place / 'steps.jsonl')!r}, 'a') as file:\n    for _ in range(3): {step}\n"
+        )
+        monkeypatch.setattr(contest, "command", lambda *_, code=code, last=last: [sys.executable, "-c", code + last])
+        config = {"train_batch_size": 8}
+        if name == "ends":
+            assert contest.compete("load", place, 3, config, "0,22")["rate"] == 2.0
+        else:
+            with pytest.raises(RuntimeError, match="load: no step within 4 s"):
+                contest.compete("load", place, 3, config, "0,22")
 
 
 def test_the_reference_gets_no_environment_of_ours(monkeypatch):
@@ -152,12 +182,12 @@ def test_the_reference_gets_no_environment_of_ours(monkeypatch):
         assert ("THP_MEM_ALLOC_ENABLE" in env) == ("OMP_NUM_THREADS" in env) == rival.prepared, name
 
 
-# Loaded by every process of a run: notes each image that is transformed, threads, and the most huge pages seen; and
-# gives plain PyTorch other weights.
+# Loaded by every process of a run: notes each image that is transformed, and at its end its threads and whether it
+# asked for huge pages; and gives plain PyTorch other weights.
 OBSERVE = """
 import os, sys
 if "pipetutor.rivals" in sys.orig_argv:
-    import threading, time
+    import atexit
     from pathlib import Path
     if "plain" in sys.orig_argv:
         from pipetutor import contest
@@ -171,32 +201,28 @@ if "pipetutor.rivals" in sys.orig_argv:
             file.write("x")
         return resize(self, image)
     transforms.Resize.forward = forward
-    def sample():
-        most = 0
-        while True:
-            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-            most = max(most, *(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")))
-            name.with_suffix(".seen").write_text(f"{torch.get_num_threads()} {most}")
-            time.sleep(0.1)
-    threading.Thread(target=sample, daemon=True).start()
+    def note():
+        asked = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
+        name.with_suffix(".seen").write_text(f"{torch.get_num_threads()} {asked}")
+    atexit.register(note)
 """
 
 
-@pytest.mark.timeout(240)
 def test_a_tiny_bench(runs, monkeypatch):
     """The reference is what its authors wrote, observed, not assumed; who computes something else is named."""
     (runs.parent / "sitecustomize.py").write_text(OBSERVE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(runs.parent), os.environ.get("PYTHONPATH", "")]))
     rivals = ["reference", "pipeline", "torch", "plain"]
     command = [sys.executable, "-m", "pipetutor.bench", "--rivals", ",".join(rivals), *FLAGS, "--runs-dir", str(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=220)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 1, done.stderr
     assert "FAILED: the losses of plain are not those of reference" in done.stdout
     assert done.stdout.count("FAILED") == 1
     (directory,) = runs.iterdir()
     content = json.loads((directory / "bench.json").read_text())
     assert [r["rival"] for r in content["summary"]] == rivals and content["wrong"] == ["plain"]
-    assert all(r["difference"] <= 1e-6 for r in content["summary"][:3])
+    *same, other = (r["difference"] for r in content["summary"])
+    assert max(same) <= other / 1000, "rounding is nothing beside what other weights make"
     assert all(len(r["losses"]) == 3 and r["rate"] > 0 and r["others"] >= 0 for r in content["rows"])
     assert content["asked"]["train_batch"] == 4 and len(set(content["rows"][0]["losses"])) == 3
     log = next(directory.glob("ranks/*reference*/rank0.log")).read_text()
@@ -205,11 +231,12 @@ def test_a_tiny_bench(runs, monkeypatch):
     assert min(images.values()) >= 12, "12 images were trained on, and each end transforms all of them"
     assert (runs.parent / "torch-0.images").exists() and not (runs.parent / "torch-1.images").exists()
     seen = {p.stem: [int(n) for n in p.read_text().split()] for p in runs.parent.glob("*.seen")}
-    cores = len(os.sched_getaffinity(0))
+    bare = {name: value for name, value in os.environ.items() if name not in contest.DEFAULTS}
+    words = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    default = int(subprocess.run(words, env=bare, capture_output=True, text=True, timeout=HANGS).stdout)
     for rank in (0, 1):
-        assert seen[f"reference-{rank}"][0] == cores and seen[f"torch-{rank}"][0] == max(1, cores // 2)
-        assert seen[f"reference-{rank}"][1] < 20_000, "kB of huge pages; what libraries take for themselves is little"
-    assert seen["torch-1"][1] > 200_000, "kB of huge pages, where they were asked for"
+        assert seen[f"reference-{rank}"] == [default, 0], "threads as torch itself has them, no huge pages"
+        assert seen[f"torch-{rank}"] == [max(1, len(os.sched_getaffinity(0)) // 2), 1]
     assert not processes_of(runs.parent)
 
 
@@ -238,9 +265,9 @@ def test_an_interrupt_leaves_nothing_running(runs):
     )
     try:
         ranks = "-m pipetutor.rivals reference"
-        wait_until(lambda: sum(ranks in " ".join(p.cmdline()) for p in processes_of(runs)) >= 2, 40)
+        wait_until(lambda: sum(ranks in " ".join(p.cmdline()) for p in processes_of(runs)) >= 2)
         kernel.send_signal(signal.SIGINT)
-        assert kernel.wait(20) == 130
+        assert kernel.wait(HANGS) == 130
     finally:
         kernel.kill()
         kernel.wait()
