@@ -82,7 +82,9 @@ def test_a_notebook_has_the_parts_of_a_lesson(path, notebook):
 
 def test_a_notebook_says_how_long_it_takes(path, notebook):
     lesson = course.lesson(path)
-    assert isinstance(lesson.minutes, int) and 1 <= lesson.minutes <= 3
+    fast, slow = lesson.minutes
+    assert 1 <= fast < slow
+    assert re.findall(r"It takes .*?minutes", prose(notebook)) == [f"It takes {fast} to {slow} minutes"]
     assert isinstance(lesson.smoke, dict) and not course.unknown(path, lesson.smoke)
 
 

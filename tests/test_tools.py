@@ -47,7 +47,7 @@ def write(directory, name, *code, cells=(), parameters="steps = 3", smoke=None):
     head = [new_markdown_cell("# A title\n\nA promise.", id="head"), new_code_cell(f"# Parameters\n{parameters}")]
     head[1].metadata["tags"] = ["parameters"]
     numbered = [new_code_cell(source, id=f"c{number}") for number, source in enumerate(code, start=1)]
-    about = {"kernelspec": KERNEL, "pipetutor": {"minutes": 1, "smoke": smoke}}
+    about = {"kernelspec": KERNEL, "pipetutor": {"minutes": [1, 4], "smoke": smoke}}
     directory.mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=[*head, *numbered, *cells], metadata=about), directory / f"{name}.ipynb")
 

@@ -35,14 +35,15 @@ class Lesson:
         path: of the notebook.
         title: its first heading.
         promise: the sentence below the title.
-        minutes: how long it takes with its default parameters on two cores; None where it does not say.
+        minutes: how long it takes with its default parameters on two fast cores, and on two slow ones; None where
+            it does not say.
         smoke: the parameters of a quick pass; None where it does not say.
     """
 
     path: Path
     title: str
     promise: str
-    minutes: int | None
+    minutes: tuple[int, int] | None
     smoke: dict[str, Any] | None
 
     @property
@@ -78,7 +79,8 @@ def lesson(path: Path) -> Lesson:
     if not found:
         raise ValueError(f"{path.name}: the first cell is not a title with a promise below it")
     about = notebook.metadata.get("pipetutor", {})
-    return Lesson(path, found[1].strip(), found[2].strip(), about.get("minutes"), about.get("smoke"))
+    minutes = tuple(about["minutes"]) if "minutes" in about else None
+    return Lesson(path, found[1].strip(), found[2].strip(), minutes, about.get("smoke"))
 
 
 def lessons(directory: Path = NOTEBOOKS) -> list[Lesson]:
@@ -140,7 +142,7 @@ def table(directory: str) -> str:
     """Return the map of the course as a markdown table, with links that begin with ``directory``."""
     rows = ["| Notebook | What you do | Time |", "|---|---|---|"]
     for one in lessons():
-        time = "" if one.minutes is None else f"{one.minutes} min"
+        time = "" if one.minutes is None else "{}–{} min".format(*one.minutes)
         rows.append(f"| [{one.name[:2]} {one.title}]({directory}{one.path.name}) | {one.promise} | {time} |")
     return "\n".join(rows)
 
