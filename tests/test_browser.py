@@ -17,9 +17,11 @@ import nbformat
 import psutil
 import pytest
 from conftest import processes_of
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from test_launch import wait_until
 
+import build_html
 from pipetutor.launch import free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -32,6 +34,7 @@ MARK = "PIPETUTOR_BROWSER_TEST"  # in the environment of every process that a te
 
 STARTED = 90  # seconds for JupyterLab to come up, or for a launch to complete its first step
 RUN = 240  # seconds for all cells of a notebook with few steps
+A4_WIDTH = 718  # pixels between a browser's usual margins
 SOON = 15  # seconds for what a learner expects at once
 
 
@@ -331,6 +334,44 @@ def test_a_launch_that_is_interrupted_or_loses_its_kernel_leaves_nothing(place):
                 idle(page, STARTED)
             launching.scroll_into_view_if_needed()
             screenshot(page, f"ended-{number}-by-{end}")
+
+
+TOO_WIDE = """
+() => [...document.querySelectorAll('main, main *')]
+  .filter(one => one.clientWidth && one.scrollWidth > one.clientWidth + 1)
+  .map(one => `${one.tagName} ${one.className}: ${one.scrollWidth} > ${one.clientWidth}`)
+"""
+TABLE_LINES = """
+() => {
+  const pre = document.querySelector('.output_stdout pre'), range = document.createRange();
+  range.selectNodeContents(pre);
+  const height = parseFloat(getComputedStyle(pre).lineHeight);
+  return Math.round((range.getBoundingClientRect().height) / height);
+}
+"""
+
+
+def test_no_line_of_an_output_is_cut_on_screen_or_on_paper(place):
+    """Long ones go on below, whatever they are made of; a table made of text keeps its lines."""
+    words, word = " ".join(f"loss[{n}]={n * 0.37:.2f}" for n in range(60)), "/".join(["directory"] * 40)
+    row = f"| {words[:300]} | {word} |"
+    page_of = new_notebook(cells=[new_markdown_cell(f"# T\n\nA promise.\n\n| a | b |\n|---|---|\n{row}")])
+    table = "\n".join(" ".join(f"{n * column:9}" for column in range(10)) for n in range(5))
+    for text in (table, words, word):
+        page_of.cells.append(new_code_cell("print(text)", outputs=[new_output("stream", name="stdout", text=text)]))
+    page_of.cells.append(new_code_cell("1", outputs=[new_output("execute_result", {"text/plain": repr([words])})]))
+    page_of.cells.append(new_code_cell("1 / 0", outputs=[new_output("error", traceback=[words, word])]))
+    nbformat.write(page_of, place / "notebooks" / "00_wide.ipynb")
+    assert build_html.build(place / "notebooks", place / "notebooks", place / "html") == []
+    with browser(place) as page:
+        page.goto((place / "html" / "00_wide.html").as_uri())
+        for media, width in (("screen", 1280), ("print", A4_WIDTH)):
+            page.emulate_media(media=media)
+            page.set_viewport_size({"width": width, "height": 900})
+            screenshot(page, f"wide-{media}")
+            wide = page.evaluate(TOO_WIDE)
+            assert not [one for one in wide if media == "print" or "DIV scroll" not in one], "a table can be scrolled"
+            assert page.evaluate(TABLE_LINES) == 5
 
 
 MENUS = ["File", "Edit", "View", "Run", "Kernel", "Tabs", "Settings", "Help"]

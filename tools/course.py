@@ -142,7 +142,7 @@ def table(directory: str) -> str:
     """Return the map of the course as a markdown table, with links that begin with ``directory``."""
     rows = ["| Notebook | What you do | Time |", "|---|---|---|"]
     for one in lessons():
-        time = "" if one.minutes is None else "{}–{} min".format(*one.minutes)
+        time = "" if one.minutes is None else "{}\u00a0to\u00a0{}\u00a0min".format(*one.minutes)
         rows.append(f"| [{one.name[:2]} {one.title}]({directory}{one.path.name}) | {one.promise} | {time} |")
     return "\n".join(rows)
 
