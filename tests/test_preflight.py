@@ -458,6 +458,7 @@ PARAMS = [
 ]
 NEEDED = {
     "total_num_steps": 10,
+    "gamma": 0.5,
     "cycle_min_lr": 0.1,
     "cycle_max_lr": 0.2,
     "step_size": 2,
@@ -480,7 +481,7 @@ def test_deepspeed_reads_what_is_accepted_of_a_config(monkeypatch, way, value):
     try:
         whole = read_config(given)
     except ValueError as error:
-        assert len(str(error).splitlines()) == 1 and way[-1].removesuffix("16") in str(error), error
+        assert len(str(error).splitlines()) == 1 and any(key in str(error) for key in way), error
         return
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     try:
