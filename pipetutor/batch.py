@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipetutor.bubble import FORMULAS, idle_share
+from pipetutor.kinds import check
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,6 @@ class Batch:
         )
 
 
-def natural(name: str, value: Any, least: int, example: int = 1) -> int:
-    """Return ``value``, or raise ValueError unless it is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}: {example}, say")
-    return value
-
-
 def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
     """Solve train = micro x accumulation x replicas for what the config leaves out, as DeepSpeed does.
 
@@ -47,8 +41,10 @@ def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
     train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas
     """
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    given = [None if config.get(name) is None else natural(name, config[name], 1) for name in names]
-    train, micro, accumulation = given
+    for name in names:
+        if name in config:
+            check(name, config[name], "count")
+    train, micro, accumulation = given = [config.get(name) for name in names]
     if train is None and micro is None:
         raise ValueError("the config needs train_batch_size or train_micro_batch_size_per_gpu: 256 and 8, say")
     if micro is None:

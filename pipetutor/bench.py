@@ -7,7 +7,6 @@ that computes something else is no rival. Who they are is in ``pipetutor.contest
 ``pipetutor.rivals``. Nothing here loads torch, except to ask whether bf16 is worth a run.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,12 +18,12 @@ from typing import Any
 import psutil
 
 from pipetutor import fetch, machine, profile, records
-from pipetutor.batch import natural
 from pipetutor.config import read_config
 from pipetutor.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
+from pipetutor.kinds import check, list_of, named, whole
 from pipetutor.partition import bounds_for, catalog
 from pipetutor.preflight import preflight
-from pipetutor.watch import RunFailed, ending_with_a_status, watch
+from pipetutor.watch import Parser, RunFailed, ending_with_a_status, watch
 
 FILE = "bench.json"
 TOLERANCE = 1e-4  # of a loss; rounding makes 1e-6, and gradients that are 4 times too large 2e-3
@@ -213,18 +212,18 @@ def bench(
 
     >>> print(bench(["reference", "pipeline"]))  # doctest: +SKIP
     """
-    for name in rivals or [""]:
-        if name not in RIVALS:
-            raise ValueError(f"unknown rival {name!r}: there is {', '.join(RIVALS)}")
+    check("rivals", rivals, list_of(named(RIVALS)))
     if len(set(rivals)) < len(rivals):
         raise ValueError(f"rivals are {', '.join(rivals)}, but each can take part once")
+    kinds = {"repetitions": "count", "steps": whole(WARM_UP + 1, example=10), "more": "switch", "runs_dir": "path"}
+    given = locals()
+    for name, kind in kinds.items():
+        check(name, given[name], kind)
     left_out = ""
     if "bf16" in rivals and machine.gpu_count() < STAGES and not machine.bf16_is_native():
         rivals, left_out = [name for name in rivals if name != "bf16"], SLOW_BF16
         if not rivals:
             raise ValueError(f"{SLOW_BF16}; compare other rivals: pipeline, say")
-    natural("repetitions", repetitions, 1, example=3)
-    natural("steps", steps, WARM_UP + 1, example=10)
     config = read_config({"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch})
     for stages in (STAGES, 0):  # a pipeline, and as many replicas
         preflight(
@@ -293,7 +292,7 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``bench`` from the command line; status 1 if losses differ or a rival fails, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="pipetutor.bench", description="how fast is it, and compared to what?")
+    parser = Parser(prog="pipetutor.bench", description="how fast is it, and compared to what?")
     parser.add_argument("--rivals", default=",".join(RIVALS), help="default %(default)s")
     parser.add_argument("--train-batch", type=int, default=128, help="images in a step (default %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=8, help="images in a micro-batch (default %(default)s)")
@@ -301,8 +300,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
     parser.add_argument("--more", action="store_true", help="also growth with M, and how long launch takes to start")
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
-    args = vars(parser.parse_args())
     with ending_with_a_status():
+        args = vars(parser.parse_args())
         found = bench(args.pop("rivals").split(","), **args)
     print(found)
     print(f"written to {found.directory / FILE}")

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 
 from pipetutor import fetch, records
-from pipetutor.watch import RunFailed, ending_with_a_status, watch
+from pipetutor.kinds import check, list_of, named, whole
+from pipetutor.watch import Parser, RunFailed, ending_with_a_status, watch
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")
@@ -111,13 +112,11 @@ def certify(
 
     >>> print(certify(models=["vgg"], stages=[1, 2]))  # doctest: +SKIP
     """
-    for model in models or [""]:
-        if model not in MODELS:
-            raise ValueError(f"unknown model {model!r}: the certificate compares {' and '.join(MODELS)}")
-    most_of = {"stages": (stages, 4), "micro_batches": (micro_batches, 16), "replicas": (replicas, 4)}
-    for name, (values, most) in most_of.items():
-        if not values or any(not isinstance(v, int) or isinstance(v, bool) or not 1 <= v <= most for v in values):
-            raise ValueError(f"{name} is {list(values)!r}, but must be whole numbers from 1 to {most}: [1, 2], say")
+    check("models", models, list_of(named(MODELS)))
+    check("stages", stages, list_of(whole(1, 4)))
+    check("micro_batches", micro_batches, list_of(whole(1, 16)))
+    check("replicas", replicas, list_of(whole(1, 4)))
+    check("runs_dir", runs_dir, "path")
     room = max(2, int(psutil.virtual_memory().available / 2**30 / GIGABYTES_A_RANK))
     topologies = itertools.product(models, micro_batches, replicas, stages)
     cases: list[dict[str, Any]] = [
@@ -159,12 +158,12 @@ def main() -> None:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers and commas: 1,2, say") from None
 
-    parser = argparse.ArgumentParser(prog="pipetutor.certify", description="does the pipeline equal one process?")
+    parser = Parser(prog="pipetutor.certify", description="does the pipeline equal one process?")
     parser.add_argument("--models", default=",".join(MODELS), help="default %(default)s")
     parser.add_argument("--stages", type=numbers, default=[1, 2, 3, 4], help="default 1,2,3,4")
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
-    args = parser.parse_args()
     with ending_with_a_status():
+        args = parser.parse_args()
         certificate = certify(args.models.split(","), args.stages, runs_dir=args.runs_dir)
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")

@@ -40,9 +40,12 @@ def find(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if (path / MANIFEST).exists():
-        return path
-    found = _all(path / "checkpoints")
+    try:
+        if (path / MANIFEST).exists():
+            return path
+        found = _all(path / "checkpoints")
+    except OSError as error:  # as for a name that is too long, or a directory that may not be read
+        raise CheckpointError(f"checkpoint {path}: {error.strerror}; give a run or a checkpoint") from None
     if not found:
         raise CheckpointError(
             f"{path} holds no checkpoint: give a run directory that was saved into (save_every=N), or one of its "

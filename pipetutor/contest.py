@@ -107,7 +107,9 @@ def command(name: str, directory: Path, steps: int, cut: str) -> list[str]:
     if rival.stages is None:
         return [sys.executable, "-u", "-m", "pipetutor.rivals", name, str(directory), str(steps), cut]
     stages = rival.stages and cut.count(",")
-    flags = {"-p": stages, "-s": steps, "--seed": SEED, "--dropout": 0, "--partition": cut, "--run-dir": directory}
+    flags = {"-p": stages, "-s": steps, "--seed": SEED, "--dropout": 0, "--run-dir": directory}
+    if stages:
+        flags["--partition"] = cut
     flags |= {"--deepspeed_config": directory / "config.json", "--dtype": rival.dtype}
     if machine.gpu_count() < STAGES:
         flags["--backend"] = "gloo"

@@ -5,7 +5,6 @@
 How is in ``pipetutor.measurement``. Only the measuring processes load torch; what a notebook calls does not.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -19,10 +18,11 @@ import psutil
 
 from pipetutor import fetch, machine, records
 from pipetutor.config import read_config
+from pipetutor.kinds import check, list_of, whole
 from pipetutor.partition import Layer, bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.simulate import Costs
-from pipetutor.watch import RunFailed, ending_with_a_status, watch
+from pipetutor.watch import Parser, RunFailed, ending_with_a_status, watch
 
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
@@ -126,12 +126,10 @@ class LayerCosts:
         Raises:
             ValueError: the bounds do not fit the model, or ``micro_batches`` is no whole number of at least 1.
         """
-        if isinstance(bounds, str):
-            raise ValueError(f"bounds is {bounds!r}, but must be a list of layer indices: [0, 16, 22], say")
+        check("bounds", bounds, list_of(whole(0)))
         kinds = [Layer(layer.kind, layer.parameters) for layer in self.layers]
         bounds = bounds_for(kinds, len(bounds) - 1, ",".join(map(str, bounds)))
-        if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
-            raise ValueError(f"micro_batches is {micro_batches!r}, but must be a whole number of at least 1: 8, say")
+        check("micro_batches", micro_batches, "count?")
         stages = [self.stage(low, high, micro_batches) for low, high in itertools.pairwise(bounds)]
         return Costs(
             forward=[stage.forward for stage in stages],
@@ -232,9 +230,9 @@ def measure(
     >>> costs.for_bounds([0, 16, 22]).forward  # doctest: +SKIP
     [0.057, 0.023]
     """
-    for name, value in {"micro_batch": micro_batch, "ranks": ranks}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1: 2, say")
+    check("micro_batch", micro_batch, "count")
+    check("ranks", ranks, "count")
+    check("runs_dir", runs_dir, "path")
     preflight(  # as one stage: replicas may make more ranks than a pipeline can have stages
         ranks=1,
         stages=1,
@@ -275,14 +273,14 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``measure`` from the command line; status 1 if it fails, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="pipetutor.costs", description="what does each layer cost here?")
+    parser = Parser(prog="pipetutor.costs", description="what does each layer cost here?")
     parser.add_argument("--model", default="alexnet", help="default %(default)s")
     parser.add_argument("--micro-batch", type=int, default=8, help="default %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
-    args = parser.parse_args()
     with ending_with_a_status():
+        args = parser.parse_args()
         costs = measure(args.model, args.micro_batch, args.ranks, dropout=args.dropout, runs_dir=args.runs_dir)
     print(costs)
     print(f"written to {costs.directory / FILE}")

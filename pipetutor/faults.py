@@ -19,6 +19,7 @@ KINDS = {
     "ragged": "the rank gets a micro-batch that lacks an image",
 }
 EXAMPLE = "stall:rank=1,step=3"
+LONGEST = 86_400  # seconds that a pass can be made longer
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Fault:
             raise ValueError(f"fault {text!r} needs a rank and a step, in numbers, for example {EXAMPLE}") from None
         if given:
             raise ValueError(f"fault {text!r}: {', '.join(given)} is not for {kind}; an example is {EXAMPLE}")
-        if seconds < 0:
-            raise ValueError(f"fault {text!r}: seconds is {seconds:g}, but must be at least 0")
+        if not 0 <= seconds <= LONGEST:
+            raise ValueError(f"fault {text!r}: seconds is {seconds:g}, but must be at least 0 and at most {LONGEST}")
         return cls(kind, rank, step, seconds)
 
     def check(self, ranks: int, stages: int, steps: int) -> None:

@@ -123,10 +123,10 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
 
     >>> prepare("synthetic", "/tmp/cifar10-data")  # doctest: +SKIP
     """
-    if ready(dataset, data_dir):
-        return
     files, data_dir = FILES[dataset], Path(data_dir)
     try:
+        if ready(dataset, data_dir):
+            return
         data_dir.mkdir(parents=True, exist_ok=True)
         with locked(data_dir / f".{files.folder}.lock"):
             if ready(dataset, data_dir):  # another process made it while this one waited

@@ -12,10 +12,14 @@ from pipetutor import fetch, machine, records
 from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
+from pipetutor.kinds import check
 from pipetutor.partition import PROFILE
 from pipetutor.preflight import preflight
 from pipetutor.records import Run
 from pipetutor.watch import RunFailed, watch
+
+# Options of a launch alone, and their kinds, beside those of preflight.OPTIONS.
+OPTIONS = {"replicas": "count", "trace": "switch", "deadline": "above 0", "data_dir": "path", "runs_dir": "path"}
 
 
 def free_port() -> int:
@@ -97,13 +101,11 @@ def launch(
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
     """
     __tracebackhide__ = True  # by IPython: a learner's cell and the words of the error are enough
-    if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
-        raise ValueError(f"replicas is {replicas!r}, but must be a whole number of at least 1: 1, say")
-    for name, switch in {"trace": trace, "recompute": recompute}.items():
-        if not isinstance(switch, bool):
-            raise ValueError(f"{name} is {switch!r}, but must be True or False")
+    given = locals()
+    for name, kind in {"stages": "whole", **OPTIONS}.items():
+        check(name, given[name], kind)
     whole_config = read_config(config, dtype)
-    ranks = max(stages, 1) * replicas if isinstance(stages, int) else 1
+    ranks = max(stages, 1) * replicas
     plan = preflight(
         ranks=ranks,
         stages=stages,
@@ -127,8 +129,6 @@ def launch(
         chunks=chunks,
         recompute=recompute,
     )
-    if isinstance(deadline, bool | str) or not deadline > 0:
-        raise ValueError(f"deadline is {deadline!r}, but must be a number of seconds above 0: 300, say")
     if weights is not None:
         _check_weights(model, weights)
     fetch.prepare(dataset, data_dir)

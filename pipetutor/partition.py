@@ -213,7 +213,7 @@ def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int
     elif partition.startswith("type:"):
         try:
             pattern = re.compile(partition.removeprefix("type:"), re.IGNORECASE)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"partition {partition!r}: not a regular expression ({error})") from None
         found = [int(bool(pattern.search(layer.kind))) for layer in layers]
         if sum(found) < stages:
@@ -223,7 +223,7 @@ def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int
                 f"layers with weights are {kinds}"
             )
         bounds = balanced(found, stages)
-    elif re.fullmatch(r"-?\d+(,-?\d+)*", partition):
+    elif re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", partition):
         bounds = _explicit(partition, len(layers), stages)
     elif partition == PROFILE:
         raise ValueError(

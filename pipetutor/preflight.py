@@ -1,19 +1,19 @@
 """Everything that can be known to be wrong before a process starts.
 
 ``launch`` and every rank call the same ``preflight``, so a cell and a terminal refuse the same things with
-the same words. No torch: it answers in milliseconds.
+the same words. No torch: it answers in milliseconds, unless a run on the CPU asks for numbers of 16 bits.
 """
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipetutor import checkpoint
-from pipetutor.batch import Batch, batch_arithmetic, natural
+from pipetutor import checkpoint, machine
+from pipetutor.batch import Batch, batch_arithmetic
 from pipetutor.bubble import idle_share
-from pipetutor.config import OBJECTS
+from pipetutor.config import OBJECTS, dtype_of, half_precision
 from pipetutor.faults import Fault
+from pipetutor.kinds import KINDS, Kind, check, one_of
 from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
 from pipetutor.schedules import SCHEDULES
 
@@ -21,6 +21,30 @@ DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
 BACKENDS = ("gloo", "nccl")
 ENGINES = ("deepspeed", "torch")
 TRANSFORMS = ("batched", "pil")
+SLOW = (
+    "this processor has no instructions for numbers of 16 bits, and a step can take two to twenty times as long as "
+    "in fp32; dtype='fp32' (--dtype fp32) is the way round"
+)
+OPTIONS: dict[str, Any] = {  # of every run, and their kinds; see pipetutor.kinds
+    "ranks": "count",
+    "stages": "whole",
+    "steps": "count",
+    "dataset": sorted(DATASET_SIZES),
+    "partition": Kind(f"a string: {METHODS}", KINDS["text"].fits),
+    "backend": (None, *BACKENDS),
+    "dropout": "share?",
+    "seed": "seed",
+    "eval_every": "count?",
+    "save_every": "count?",
+    "resume": "path?",
+    "weights": "path?",
+    "fault": "text?",
+    "transforms": TRANSFORMS,
+    "engine": ENGINES,
+    "schedule": tuple(SCHEDULES),
+    "chunks": "count",
+    "recompute": "switch",
+}
 
 
 @dataclass(frozen=True)
@@ -68,13 +92,6 @@ class Plan:
             "chunks": self.chunks,
             "done": self.done,
         }
-
-
-def _one_of(name: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4) or known[:1]
-        listed = ", ".join(known) if len(known) < 12 else f"one of {len(known)}, from {known[0]} to {known[-1]}"
-        raise ValueError(f"unknown {name} {value!r}: try {close[0]!r} (there is {listed})")
 
 
 def preflight(
@@ -131,40 +148,26 @@ def preflight(
     Raises:
         ValueError: what was given, what is needed, and a value that would work.
     """
-    natural("stages", stages, 0, example=2)
-    natural("ranks", ranks, 1)
-    natural("steps", steps, 1)
-    if natural("seed", seed, 0) >= 2**32:
-        raise ValueError(f"seed is {seed}, but must be below 2**32 = {2**32}: 1138, say")
-    for name, value in {"eval_every": eval_every, "save_every": save_every}.items():
-        if value is not None:
-            natural(name, value, 1, example=10)
-    if dropout is not None and (isinstance(dropout, bool | str) or not 0 <= dropout < 1):
-        raise ValueError(f"dropout is {dropout!r}, but must be a number from 0 and below 1: 0 turns it off")
-    if not isinstance(partition, str):
-        raise ValueError(f"partition is {partition!r}, but must be a string: {METHODS}")
-    if stages and ranks % stages:
-        fits = f"{ranks - ranks % stages} or " if ranks > stages else ""
-        raise ValueError(
-            f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {stages} stages: "
-            f"start {fits}{ranks + stages - ranks % stages} ranks (deepspeed --num_gpus N)"
-        )
-    _one_of("model", model, sorted(catalog()))
-    _one_of("dataset", dataset, sorted(DATASET_SIZES))
+    given = locals()
+    for name, kind in OPTIONS.items():
+        check(name, given[name], kind)
+    one_of("model", model, sorted(catalog()))
     layers = catalog()[model]
-    _one_of("transforms", transforms, list(TRANSFORMS))
-    _one_of("engine", engine, list(ENGINES))
-    _one_of("schedule", schedule, list(SCHEDULES))
-    natural("chunks", chunks, 1, example=2)
     if chunks > 1 and schedule != "interleaved_1f1b":
         raise ValueError(
             f"chunks is {chunks}, but {schedule} gives each rank one stage: schedule='interleaved_1f1b' takes more"
         )
-    profiled = stages > 0 and partition == PROFILE
-    if profiled:
+    if stages:
         check_stages(layers, stages * chunks)
+    elif partition != "parameters":
+        raise ValueError(
+            f"partition {partition} says where to cut a pipeline, and stages is 0: leave it out, or use 1 or more"
+        )
+    if stages and ranks % stages:
+        raise ValueError(_other_numbers(ranks, stages))
+    profiled = partition == PROFILE
     bounds = bounds_for(layers, stages * chunks, partition) if stages and not profiled else []
-    zero_stage = natural("zero_optimization stage", config.get("zero_optimization", {}).get("stage", 0), 0)
+    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
     if stages and zero_stage >= 2:
         raise ValueError(
             f"zero_optimization stage {zero_stage} cannot be combined with {stages} pipeline stages: ZeRO 2 and 3 "
@@ -180,8 +183,7 @@ def preflight(
         )
     if "optimizer" not in config:
         raise ValueError(f"the config has no optimizer, and nothing would be learned: add {OBJECTS['optimizer']}")
-    if backend is not None:
-        _one_of("backend", backend, list(BACKENDS))
+    _check_optimizer_can_be_split(config, zero_stage)
     local_ranks = local_ranks or ranks
     if backend == "nccl" and gpus < local_ranks:
         raise ValueError(
@@ -190,8 +192,13 @@ def preflight(
             + "leave the backend out (or --backend gloo) to run on the CPU"
         )
     chosen = backend or ("nccl" if gpus >= local_ranks else "gloo")
+    half = half_precision(config)
+    if half == "fp16" and chosen == "gloo":
+        raise ValueError(
+            "fp16 needs a GPU for each rank, and this run is on the CPU: use fp32 (dtype='fp32') or bf16"
+        )
     if profiled:
-        _check_is_measured(chosen, config)
+        _check_is_measured(chosen, half)
     done = 0
     if resume is not None or save_every is not None:
         _check_optimizer_can_be_saved(config, zero_stage)
@@ -218,9 +225,13 @@ def preflight(
         others = {"eval_every": eval_every, "save_every": save_every, "resume": resume}
         _check_torch_runs(stages, batch, config, others)
         idle_share(schedule, stages, batch.accumulation, chunks)
-    notice = ""
+    notices = []
     if backend is None and 0 < gpus < local_ranks:
-        notice = f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"
+        notices = [
+            f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"
+        ]
+    if half and chosen == "gloo" and not machine.bf16_is_native():  # asked last: it loads torch
+        notices.append(f"{half}: {SLOW}")
     return Plan(
         stages=stages,
         batch=batch,
@@ -231,26 +242,44 @@ def preflight(
         schedule=schedule,
         chunks=chunks,
         done=done,
-        notice=notice,
+        notice="\n".join(notices),
     )
 
 
-def _check_is_measured(backend: str, config: dict[str, Any]) -> None:
+def _other_numbers(ranks: int, stages: int) -> str:
+    """Say which numbers of ranks, and of stages, would do."""
+    less = [stages * (ranks // stages)] if ranks > stages else []
+    more = " or ".join(map(str, [*less, stages * (ranks // stages + 1)]))
+    fitting = ", ".join(str(number) for number in range(1, stages) if ranks % number == 0)
+    return (
+        f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {stages} stages: start {more} ranks "
+        f"(deepspeed --num_gpus N), or use another number of stages (-p): {fitting}"
+    )
+
+
+def _check_is_measured(backend: str, half: str) -> None:
     """Refuse to cut by the times of another device or number format than the run's."""
     if backend == "nccl":
         raise ValueError(
             "partition 'profile' measures layers on the CPU, and this run computes on GPUs, where they take other "
             "times: use parameters, bounds of your own, or the CPU (--backend gloo)"
         )
-    for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled"):
-            raise ValueError(f"partition 'profile' measures fp32, and the config enables {name}: give up one of them")
+    if half:
+        raise ValueError(f"partition 'profile' measures fp32, and the config enables {half}: give up one of them")
+
+
+def _check_optimizer_can_be_split(config: dict[str, Any], zero_stage: int) -> None:
+    kind = config["optimizer"]["type"]
+    if zero_stage and kind not in ("Adam", "AdamW", "Adagrad") and not config.get("zero_allow_untested_optimizer"):
+        raise ValueError(
+            f"zero_optimization stage {zero_stage} splits Adam, AdamW and Adagrad, not {kind}: use one of them, or "
+            'stage 0, or add "zero_allow_untested_optimizer": true'
+        )
 
 
 def _check_optimizer_can_be_saved(config: dict[str, Any], zero_stage: int) -> None:
-    for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled"):
-            raise ValueError(f"{name} cannot be saved or resumed: its optimizer keeps copies without names; use fp32")
+    if (name := dtype_of(config)) != "fp32":
+        raise ValueError(f"{name} cannot be saved or resumed: its optimizer keeps copies without names; use fp32")
     if zero_stage:
         raise ValueError(
             f"zero_optimization stage {zero_stage} cannot be saved or resumed: it splits each optimizer tensor over "
@@ -269,6 +298,6 @@ def _check_torch_runs(stages: int, batch: Batch, config: dict[str, Any], others:
     for name in (*config, *(name for name, value in others.items() if value is not None)):
         if name not in known:
             raise ValueError(f"engine 'torch' does not know {name}: leave it out, or use engine='deepspeed'")
-    kind, params = config["optimizer"].get("type", ""), config["optimizer"].get("params", {})
-    if str(kind).lower() not in ("adam", "adamw", "sgd") or not params.get("torch_adam", True):
+    kind, params = config["optimizer"]["type"], config["optimizer"].get("params", {})
+    if kind not in ("Adam", "AdamW", "SGD") or not params.get("torch_adam", True):
         raise ValueError(f"engine 'torch' trains with torch's Adam, AdamW or SGD, not with {kind!r} and {params}")

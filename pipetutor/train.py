@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,6 +27,7 @@ from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.engine import data_parallel, pipeline, release_inputs, say
 from pipetutor.fetch import DATA_DIR, DataError
 from pipetutor.heartbeat import Heartbeat
+from pipetutor.kinds import check
 from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
@@ -36,17 +37,10 @@ from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Pl
 from pipetutor.schedules import SCHEDULES
 from pipetutor.torch_engine import TorchPipeline
 from pipetutor.trace import Recorder
-from pipetutor.watch import RunFailed
+from pipetutor.watch import Parser, RunFailed
 from pipetutor.weights import load_weights
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises ValueError where argparse would print its usage and exit, once for each rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists every flag)")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +52,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: a flag is unknown, or its value has the wrong type.
     """
-    parser = _Parser(prog="pipetutor.train", description="AlexNet on CIFAR-10, in a pipeline")
+    parser = Parser(prog="pipetutor.train", description="AlexNet on CIFAR-10, in a pipeline")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("-s", "--steps", type=int, default=100, help="train batches to run (default 100)")
     parser.add_argument(
@@ -98,6 +92,7 @@ def _local_ranks() -> int:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the arguments against this job and this host; see ``preflight``."""
+    check("data_dir", args.data_dir, "path")
     return preflight(
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         local_ranks=_local_ranks(),
@@ -273,8 +268,12 @@ def main() -> None:
             if getattr(args, flag) and not args.run_dir:
                 raise ValueError(f"--{flag.replace('_', '-')} needs a place to write to: give --run-dir, too")
         if args.run_dir:
-            args.run_dir.mkdir(parents=True, exist_ok=True)
-            Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
+            try:
+                args.run_dir.mkdir(parents=True, exist_ok=True)
+                Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
+            except OSError as error:
+                advice = "give another directory, or free the disk"
+                raise ValueError(f"cannot write --run-dir {args.run_dir}: {error.strerror}; {advice}") from None
         profiled, table = stages > 0 and args.partition == PROFILE, ""
         if profiled and rank == 0:  # the others wait for it to join
             plan, table = profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)

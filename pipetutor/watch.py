@@ -3,6 +3,7 @@
 ``launch`` watches training this way, ``costs`` measuring and ``certify`` proving. No torch.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -98,6 +99,14 @@ def watch(
     if not output:
         raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
     return json.loads(output)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError, in one line, where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line."""
+        raise ValueError(f"{' '.join(message.split())} (--help lists every flag)")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ python -m pipetutor.weights runs/20261124-101502-p2r1 alexnet.pt
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +11,8 @@ from torch import nn
 
 from pipetutor import checkpoint
 from pipetutor.checkpoint import CheckpointError
+from pipetutor.kinds import check
+from pipetutor.watch import Parser, ending_with_a_status
 
 
 def export(path: str | Path, file: str | Path) -> None:
@@ -22,11 +23,14 @@ def export(path: str | Path, file: str | Path) -> None:
         file: a ``.pt`` file, which holds tensors alone: ``torch.load`` reads it with ``weights_only``.
 
     Raises:
+        ValueError: ``path`` or ``file`` is no path.
         CheckpointError: there is no checkpoint, it is damaged, or the file cannot be written.
 
     >>> export("runs/20261124-101502-p2r1", "alexnet.pt")  # doctest: +SKIP
     >>> torchvision.models.alexnet(num_classes=10).load_state_dict(torch.load("alexnet.pt"))  # doctest: +SKIP
     """
+    check("path", path, "path")
+    check("file", file, "path")
     path, file = checkpoint.find(path), Path(file)
     checkpoint.verify(path)
     state = {name: empty for name, empty in checkpoint.stored_tensors(path).items() if name.startswith("model.")}
@@ -76,11 +80,16 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     model.load_state_dict(found)
 
 
+def main() -> None:
+    """Run ``export`` from the command line; status 2 for bad input."""
+    parser = Parser(prog="pipetutor.weights", description="write a checkpoint's weights as a torchvision state_dict")
+    parser.add_argument("path", help="a checkpoint, or a run directory, whose newest is meant")
+    parser.add_argument("file", help="to write, such as alexnet.pt")
+    with ending_with_a_status():
+        args = parser.parse_args()
+        export(args.path, args.file)
+    print(f"wrote {args.file}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m pipetutor.weights RUN_OR_CHECKPOINT WEIGHTS.pt   (writes a state_dict)")
-    try:
-        export(sys.argv[1], sys.argv[2])
-    except CheckpointError as error:
-        sys.exit(f"pipetutor: {error}")
-    print(f"wrote {sys.argv[2]}")
+    main()
