@@ -9,6 +9,7 @@ from conftest import SMALL_SGD, run
 from pipetutor import engine
 from pipetutor.config import read_config
 from pipetutor.layers import build
+from pipetutor.preflight import preflight
 from pipetutor.torch_engine import TorchPipeline
 
 STEPS, MICRO_BATCHES, IMAGE, BOUNDS = 2, 2, (3, 64, 64), [0, 6, 19]
@@ -52,3 +53,10 @@ def test_recomputing_changes_no_bit(name, tmp_path):
         counts = [value.item() for key, value in state_again.items() if key.endswith("num_batches_tracked")]
         assert counts and set(counts) == {STEPS * MICRO_BATCHES}
         assert (runs, runs_again) == (STEPS * MICRO_BATCHES, 2 * STEPS * MICRO_BATCHES)
+
+
+def test_deepspeeds_own_recomputing_is_refused():
+    given = dict(ranks=2, stages=2, steps=1, model="alexnet", dataset="synthetic", partition="0,16,22")
+    config = read_config(SMALL_SGD | {"pipeline": {"activation_checkpoint_interval": 1}})
+    with pytest.raises(ValueError, match=r"activation_checkpoint_interval.*recompute=True"):
+        preflight(**given, config=config, backend=None, gpus=0)
