@@ -18,6 +18,7 @@ from torch import nn
 from pipetutor.accumulate import accumulate_in_place
 from pipetutor.config import dtype_of
 from pipetutor.layers import join_layers, layer_names
+from pipetutor.recompute import StageLayers
 from pipetutor.schedules import PARTNERS
 
 
@@ -30,10 +31,25 @@ def say(line: str) -> None:
 class PipelineModule(deepspeed.pipe.PipelineModule):
     """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22``, and lets other stages' layers go.
 
-    DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model.
+    DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model. Its own
+    activation checkpointing would have running statistics take in each micro-batch twice; ``StageLayers`` has none
+    of that.
+
+    Args:
+        recompute: see ``StageLayers``.
+        about: the arguments of DeepSpeed's ``PipelineModule``.
     """
 
     _layer_specs: list[Any]
+
+    def __init__(self, *, recompute: bool = False, **about: Any):
+        super().__init__(**about)
+        # In a tuple, which torch does not look into: the layers have their names in this module already.
+        self._stage = (StageLayers(self.forward_funcs, recompute),)
+
+    def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
+        """Compute the stage's output."""
+        return self._stage[0](forward_input)
 
     def _build(self) -> None:
         super()._build()
@@ -111,14 +127,13 @@ def pipeline(model: nn.Module, stages: int, part: str, config: dict[str, Any], r
     layers = join_layers(model)
     if dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage"):
         accumulate_in_place(layers)  # the others take each gradient from autograd, into a buffer of their own
-    if recompute:  # not re-entrant: that would compute a gradient for the images
-        config = config | {"pipeline": {"use_reentrant": False}}
     net = PipelineModule(
         layers=layers,
         loss_fn=nn.CrossEntropyLoss(),
         num_stages=stages,
         partition_method=part,
-        activation_checkpoint_interval=len(layers) if recompute else 0,
+        activation_checkpoint_interval=0,
+        recompute=recompute,
     )
     net.layer_names = layer_names(model, layers)
     return _initialize(net, config, stages)

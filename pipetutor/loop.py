@@ -56,6 +56,8 @@ class Loop:
         self.dtype = DTYPES[dtype_of(read_config(args.deepspeed_config, args.dtype))]
         self.topology = {"stages": args.pipeline_parallel_size, "replicas": engine.dp_world_size}
         self.step, self.start = 0, data.Position()
+        if replica_of(engine):  # the first one goes on from where the weights were drawn
+            self._draw_own_numbers()
         if args.resume:
             self._resume()
         self.done = self.step
@@ -87,6 +89,15 @@ class Loop:
         beat = self.heart.beat
         return self.fault is not None and self.fault.cuts(beat.rank, beat.step, beat.micro_batch)
 
+    def _draw_own_numbers(self) -> None:
+        """Let each replica drop activations of its own: equal masks would make fewer samples of as many images.
+
+        The stages of one replica are seeded alike, though layers on different stages then draw the same numbers: a
+        pipeline with all its dropout layers on one stage, whichever that is, drops what one process drops.
+        """
+        replicas = self.engine.dp_world_size
+        torch.manual_seed(self.args.seed + self.step * replicas + replica_of(self.engine))
+
     def _resume(self) -> None:
         path = checkpoint.find(self.args.resume)
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
@@ -94,7 +105,7 @@ class Loop:
         self.step, self.start = manifest["step"], data.Position(*manifest["position"])
         say(f"resumed after step {self.step}, from {path}")
         if not same:
-            torch.manual_seed(self.args.seed + self.step)
+            self._draw_own_numbers()
             say("another topology than that of the checkpoint: dropout draws other random numbers than it would have")
 
     def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:

@@ -217,6 +217,11 @@ def preflight(
         Fault.parse(fault).check(ranks, stages, steps)
     if engine == "deepspeed" and schedule != "1f1b":
         raise ValueError(f"DeepSpeed's engine runs 1f1b, not {schedule}: engine='torch' (--engine torch) runs it")
+    if config.get("pipeline", {}).get("activation_checkpoint_interval"):
+        raise ValueError(
+            "pipeline.activation_checkpoint_interval: with DeepSpeed's own recomputing, running statistics take in "
+            "each micro-batch twice; leave it out, and recompute with recompute=True (--recompute)"
+        )
     if recompute and not stages:
         raise ValueError("recompute is for the stages of a pipeline, and stages is 0: leave it out, or use 1 or more")
     if recompute and schedule == "zero_bubble":

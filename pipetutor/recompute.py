@@ -1,4 +1,8 @@
-"""The layers of a stage, with or without activation checkpointing, for an engine that takes any module.
+"""The layers of a stage as one module, for both engines, with or without activation checkpointing.
+
+A tensor travels between processes as its memory. A model that keeps channels last in it (ConvNeXt) hands over what
+gloo refuses, and what NCCL would send for the other side to read in another order. So what crosses a cut is made
+contiguous, in both directions.
 
 A stage that recomputes keeps its input alone of each micro-batch, and computes the rest once more in the backward
 pass (Chen et al., *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.06174).
@@ -43,9 +47,16 @@ class StageLayers(nn.Sequential):
         return nullcontext(), _without_effect(self)  # running statistics take in a micro-batch once
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Compute the stage's output, which is no view: a split backward pass detaches it in place."""
+        """Compute the stage's output, contiguous, and have the input's gradient be so.
+
+        The output is no view, either: a split backward pass detaches it in place.
+        """
+        if input.requires_grad:  # ``autograd.grad``, of a split backward pass, hands over gradients as they lie
+            input.register_hook(torch.Tensor.contiguous)
         if self._recompute:
             output = checkpoint(super().forward, input, use_reentrant=False, context_fn=self._contexts)
         else:
             output = super().forward(input)
-        return output.clone() if output._is_view() else output
+        if output._is_view() or not output.is_contiguous():
+            output = output.clone(memory_format=torch.contiguous_format)
+        return output

@@ -69,7 +69,7 @@ def _boundaries(layers: Sequence[nn.Module], bounds: Sequence[int], images: Sequ
         for layer in layers[low:high]:
             shapes = {name: torch.empty_like(t, device="meta") for name, t in layer.state_dict().items()}
             x = torch.func.functional_call(layer, shapes, x).detach()
-        found.append(x.clone().requires_grad_())
+        found.append(x.clone(memory_format=torch.contiguous_format).requires_grad_())
     return found
 
 

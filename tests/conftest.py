@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -113,3 +114,44 @@ def train(
         said = "\n".join((directory / f"rank{r}.txt").read_text()[-3000:] for r in range(ranks))
         raise RankFailed(f"exit codes {codes}\n{said}")
     return Run.load(directory)
+
+
+def _child(
+    work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, port: int, directory: Path
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import deepspeed
+    import torch
+
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.init_distributed(dist_backend="gloo")
+    torch.save(work(*arguments), directory / f"{rank}.pt")
+    os._exit(0)
+
+
+def run(directory: Path, ranks: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
+    """Run ``work``, a function of a test's module, in forked ranks that can talk, and return what each returned.
+
+    All have ended when this returns.
+    """
+    port = free_port()
+    processes = [
+        _FORKS.Process(target=_child, args=(work, arguments, rank, ranks, port, directory), daemon=True)
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        end = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0))
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert not any(codes) and None not in codes, f"exit codes {codes}; None: still running after {seconds} s"
+    import torch
+
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

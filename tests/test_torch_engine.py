@@ -1,18 +1,15 @@
 """Every schedule run for real: it computes what one process computes, in the order that it says."""
 
 import itertools
-import multiprocessing
-import os
-import time
 from collections import Counter
 
 import pytest
 import torch
+from conftest import run
 from torch import nn
 from torch.testing import assert_close
 
 from pipetutor.config import read_config
-from pipetutor.launch import free_port
 from pipetutor.layers import build
 from pipetutor.schedules import build as streams
 from pipetutor.torch_engine import COMPUTE, TorchPipeline, build_optimizer
@@ -105,39 +102,6 @@ def deepspeed_rank(bounds, config):
     engine = pipeline(model(), len(bounds) - 1, ",".join(map(str, bounds)), config)
     data = micro_batches() if engine.is_first_stage() else labels_alone()
     return [engine.train_batch(data).item() for _ in range(STEPS)]
-
-
-def child(work, arguments, rank, ranks, port, directory):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(dist_backend="gloo")
-    torch.save(work(*arguments), directory / f"{rank}.pt")
-    os._exit(0)
-
-
-def run(directory, ranks, work, *arguments, seconds=60):
-    """Run ``work`` in forked ranks, which have all ended when this returns, and return what each returned."""
-    fork, port = multiprocessing.get_context("forkserver"), free_port()
-    processes = [
-        fork.Process(target=child, args=(work, arguments, rank, ranks, port, directory), daemon=True)
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        end = time.monotonic() + seconds
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    assert not any(codes) and None not in codes, f"exit codes {codes}; None: still running after {seconds} s"
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
