@@ -5,6 +5,7 @@ set. On CUDA it is events on the stream, because the host runs ahead of the devi
 of other hosts estimate how far their clock is off. torch is imported only on a rank.
 """
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -36,6 +37,14 @@ class HostClock:
         """Return the bytes that this process has in memory for itself: its resident set without mapped files."""
         _, resident, files, *_ = os.pread(self._statm, 64, 0).split()
         return (int(resident) - int(files)) * PAGE
+
+    def tensors(self) -> int:
+        """Return the bytes of all tensors that Python knows of; what autograd keeps for itself is not among them."""
+        import torch
+
+        alive = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        storages = [each.untyped_storage() for each in alive if each.device.type == "cpu"]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def peak(self) -> int:
         """Return the most of it since ``start``."""
@@ -73,6 +82,10 @@ class CudaClock:
     def memory(self) -> int:
         """Return the bytes that torch's allocator has handed out."""
         return self._cuda.memory_allocated()
+
+    def tensors(self) -> int:
+        """Return the same: torch's allocator hands memory out to tensors alone."""
+        return self.memory()
 
     def peak(self) -> int:
         """Return the most of it since ``start``."""

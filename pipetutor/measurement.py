@@ -164,6 +164,17 @@ def _transfers(rank: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
     return found
 
 
+def wire(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return latency in seconds and bandwidth in bytes a second of a wire, from (bytes, seconds) of its messages.
+
+    They lie on a line, on which each size counts by its relative error. Where other work on the machine has bent it
+    below what a wire can be, the latency is 0 or the bandwidth infinite.
+    """
+    sizes, ways = np.array(transfers).T
+    slope, latency = np.polyfit(sizes, ways, 1, w=1 / ways)
+    return max(float(latency), 0.0), float(1 / slope) if slope > 0 else float("inf")
+
+
 def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | None, directory: Path) -> Samples:
     """Measure in one process, while the others do the same."""
     meeting = dist.FileStore(str(directory / "store"), ranks)
@@ -232,11 +243,7 @@ def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: flo
         LayerCost(kind, forward, (1 - weight) * backward, weight * backward, saved, **memory)
         for kind, (forward, backward, weight, saved), memory in zip(kinds, times, found[0]["memory"], strict=True)
     ]
-    latency, bandwidth = 0.0, float("inf")
-    if found[0]["transfers"]:
-        sizes, ways = np.array(found[0]["transfers"]).T
-        slope, latency = np.polyfit(sizes, ways, 1, w=1 / ways)  # each size counts by its relative error
-        bandwidth = 1 / slope
+    latency, bandwidth = wire(found[0]["transfers"]) if found[0]["transfers"] else (0.0, float("inf"))
     costs = LayerCosts(
         model,
         micro_batch,
@@ -244,8 +251,8 @@ def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: flo
         found[0]["threads"],
         tuple(layers),
         found[0]["input_bytes"],
-        latency=float(latency),
-        bandwidth=float(bandwidth),
+        latency=latency,
+        bandwidth=bandwidth,
         directory=directory,
         **{name: float(median(name)) for name in ("load_images", "load_labels", "copy", "optimizer")},
     )

@@ -1,13 +1,15 @@
 """What each rank keeps in memory, predicted and measured.
 
                  predicted                       measured, in a run's trace
-    parameters   4 bytes each                    what building the stage added
+    parameters   4 bytes each                    the tensors that building the stage added
     gradients    4 bytes each                    what an OptimizerStep gives back
     optimizer    Adam: 8 bytes each              what the first OptimizerStep adds beside that
     activations  of all live micro-batches       the rest, at its highest between two instructions
     peak         the most that a step adds       the same, within instructions too
 
-On a CPU, memory is the process's resident set without mapped files. glibc keeps much of what a program frees; with
+On a CPU, memory is the process's resident set without mapped files, but for the parameters: while a stage is built,
+its process also gets threads, Python modules and machine code that oneDNN writes for the processor, a few MB that
+differ between machines, and so the tensors are counted by themselves. glibc keeps much of what a program frees; with
 ``MALLOC_MMAP_THRESHOLD_=65536`` in its environment it hands all large blocks back, and the resident set tells
 what is in use. That makes a step slower. On CUDA it is what torch's allocator has handed out. numpy alone.
 """

@@ -46,7 +46,7 @@ class Recorder:
     def __init__(self, directory: Path, rank: int, device: Any):
         self._path = directory / f"trace_rank{rank}.jsonl"
         self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
-        self._head = {"rank": rank, "device": str(device), "without_model": self._clock.memory()}
+        self._head = {"rank": rank, "device": str(device), "without_model": self._clock.tensors()}
         self._head["returns_blocks"] = device.type == "cuda" or "MALLOC_MMAP_THRESHOLD_" in os.environ
         self._offset = clock_offset(device)
         self._spans: list[tuple[Any, ...]] | None = None
@@ -60,7 +60,7 @@ class Recorder:
             blocking: whether its engine sends and receives with calls that return once the message is there.
         """
         head = self._head | {"replica": replica, "blocking": blocking, "clock_offset": self._offset}
-        self._path.write_text(json.dumps(head | {"with_model": self._clock.memory()}) + "\n")
+        self._path.write_text(json.dumps(head | {"with_model": self._clock.tensors()}) + "\n")
 
     def begin(self) -> None:
         """Start recording a step."""
@@ -124,8 +124,8 @@ class Trace:
 
     Attributes:
         heads: what each rank says of itself: its number, replica, device and ``clock_offset`` in seconds, and the
-            bytes that it had in memory ``without_model`` and ``with_model``, before the first step. On a CPU memory
-            is what is in use only where glibc ``returns_blocks`` that are freed; see ``pipetutor.memory``.
+            bytes of its tensors ``without_model`` and ``with_model``, before the first step. On a CPU the memory of
+            its steps is what is in use only where glibc ``returns_blocks`` that are freed; see ``pipetutor.memory``.
         steps: every step that all ranks have completed.
     """
 

@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipetutor.clock import CudaClock, HostClock
 
@@ -38,7 +39,18 @@ def test_events_of_a_device_are_tied_to_the_clock_of_its_host():
     mark.at = device.now + 250.0
     assert before + 0.25 <= clock.seconds(mark) <= after + 0.25
     assert device.said[-1] == "wait", "an event that the device has not passed has no time"
-    assert (clock.memory(), clock.peak()) == (3 * MB, 5 * MB)
+    assert (clock.memory(), clock.tensors(), clock.peak()) == (3 * MB, 3 * MB, 5 * MB)
+
+
+def test_tensors_count_once_and_while_they_are_there():
+    """Two views of one storage are one, and other memory of the process is none of theirs."""
+    clock = HostClock()
+    before = clock.tensors()
+    tensor, other = torch.zeros(1000), bytearray(MB)
+    views = [tensor[:10], tensor.view(10, 100), torch.zeros(5, device="meta")]
+    assert clock.tensors() - before == 4000 and len(other) == MB
+    del tensor, views
+    assert clock.tensors() == before
 
 
 def test_the_hosts_memory_is_this_process_own(tmp_path):

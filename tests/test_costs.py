@@ -16,7 +16,8 @@ from torch import nn
 from pipetutor import records
 from pipetutor.costs import LayerCost, LayerCosts, measure
 from pipetutor.layers import build, join_layers
-from pipetutor.measurement import look_at_memory, run_micro_batch, weight_shares
+from pipetutor.measurement import look_at_memory, run_micro_batch, weight_shares, wire
+from pipetutor.simulate import Costs
 from pipetutor.watch import RunFailed
 
 
@@ -54,30 +55,33 @@ class Sleeper(nn.Module):
 
 def sleepers():
     """Layers that sleep, among others that work in place, return their input, or return a view."""
-    chain = [Sleeper(0.01, 9, 0.02), nn.ReLU(inplace=True), nn.Dropout(0), Sleeper(0.02, 0.01, 0.03), nn.Flatten()]
-    return [*chain, Sleeper(0.015, 0.03, 0.01)]
+    chain = [Sleeper(0.02, 9, 0.04), nn.ReLU(inplace=True), nn.Dropout(0), Sleeper(0.04, 0.02, 0.06), nn.Flatten()]
+    return [*chain, Sleeper(0.03, 0.06, 0.02)]
 
 
 def test_known_times_are_recovered():
+    """None is shorter than its nap, and none so long that it could have another nap in it, of 20 ms at least."""
     images, labels = torch.rand(2, 1, 2, 5), torch.tensor([0, 1])
     layers = sleepers()
     passes = [run_micro_batch(layers, images, labels, nn.CrossEntropyLoss()) for _ in range(4)]
     for found, expected in zip(
-        (0, 1), ([0.01, 0, 0, 0.02, 0, 0.015], [0.02, 0, 0, 0.04, 0, 0.04]), strict=True
+        (0, 1), ([0.02, 0, 0, 0.04, 0, 0.03], [0.04, 0, 0, 0.08, 0, 0.08]), strict=True
     ):  # layer 0 has no gradient of images to take 9 seconds for
         for layer, seconds in enumerate(expected):
             least = min(times[found][layer] for times in passes)
-            assert seconds <= least <= seconds * 1.1 + 0.001, f"layer {layer}, {['forward', 'backward'][found]}"
+            assert seconds <= least < seconds + 0.02, f"layer {layer}, {['forward', 'backward'][found]}"
 
 
 def test_the_times_of_the_layers_add_up_to_the_whole():
     layers = join_layers(build("alexnet", dropout=0.0))
     images, labels = torch.rand(1, 3, 224, 224), torch.tensor([3])
     run_micro_batch(layers, images, labels, nn.CrossEntropyLoss())
-    begin = time.perf_counter()
-    forward, backward, copy = run_micro_batch(layers, images, labels, nn.CrossEntropyLoss())
-    whole = time.perf_counter() - begin
-    assert 0.9 * whole < sum(forward) + sum(backward) + copy <= whole
+    shares = []
+    for _ in range(5):  # another process may come in between two of them, but not each time
+        begin = time.perf_counter()
+        forward, backward, copy = run_micro_batch(layers, images, labels, nn.CrossEntropyLoss())
+        shares.append((sum(forward) + sum(backward) + copy) / (time.perf_counter() - begin))
+    assert 0.9 < max(shares) <= 1
 
 
 def test_the_gradients_are_those_of_an_ordinary_backward():
@@ -95,7 +99,20 @@ def test_the_gradients_are_those_of_an_ordinary_backward():
 def test_a_backward_is_divided_between_inputs_and_weights():
     shares = [weight_shares(sleepers(), torch.rand(2, 1, 2, 5)) for _ in range(3)]
     middle = [sorted(share)[1] for share in zip(*shares, strict=True)]
-    assert middle == pytest.approx([1, 0, 0, 3 / 4, 0, 1 / 4], abs=0.03)
+    assert middle == pytest.approx([1, 0, 0, 3 / 4, 0, 1 / 4], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "transfers, expected",
+    [
+        ([(1000, 0.11), (4000, 0.14), (9000, 0.19)], (0.1, 1e5)),
+        ([(1000, 0.5), (4000, 0.4), (9000, 0.3)], (0.5133, float("inf"))),  # other work delayed the short messages
+        ([(1000, 0.01), (9000, 0.9)], (0.0, 8000 / 0.89)),  # or the long ones
+    ],
+)
+def test_a_wire_is_one_whatever_was_measured(transfers, expected):
+    assert wire(transfers) == pytest.approx(expected, rel=0.1)
+    dataclasses.replace(Costs.equal(2), **dict(zip(("latency", "bandwidth"), wire(transfers), strict=True)))
 
 
 # Channels, height and width behind each layer of AlexNet, from its paper's kernels and strides.
@@ -210,7 +227,7 @@ def test_a_measurement(runs):
     assert found.layers[16].backward > found.layers[21].backward, "38 million weights against 41 thousand"
     assert all(abs(x.first_saving) <= x.backward_weight for x in found.layers)
     assert found.load_images > found.load_labels > 0 and found.optimizer > 0 and found.copy > 0
-    assert 1e8 < found.bandwidth < 1e12 and 0 < found.latency < 0.1
+    assert found.bandwidth > 1e6 and 0 <= found.latency < 10, "bytes a second, and seconds"
     assert len(str(found).splitlines()) == 23
     stages = found.for_bounds([0, 16, 22], micro_batches=8)
     whole = found.for_bounds([0, 22], micro_batches=8)
@@ -233,7 +250,9 @@ def test_an_interrupt_leaves_nothing_running(runs):
     )
     try:
         # The supervisor, who has the words of what it started, what it started, and two ranks.
-        wait_until(lambda: sum("pipetutor.measurement" in " ".join(p.cmdline()) for p in processes_of(runs)) == 4, 40)
+        wait_until(
+            lambda: sum("pipetutor.measurement" in " ".join(p.cmdline()) for p in processes_of(runs)) == 4, 100
+        )
         kernel.send_signal(signal.SIGINT)
         assert kernel.wait(20) == 130
     finally:

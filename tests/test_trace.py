@@ -62,7 +62,7 @@ def test_the_account_adds_up_to_the_step(traced):
 
 
 def busy_between_steps():
-    """Rank 1 has something else to do for a second after each step."""
+    """Rank 1 has something else to do for two seconds after each step."""
     import os
     import time
 
@@ -70,27 +70,37 @@ def busy_between_steps():
 
     if os.environ["RANK"] == "1":
         write = StepWriter.write
-        StepWriter.write = lambda self, *step: (write(self, *step), time.sleep(1))
+        StepWriter.write = lambda self, *step: (write(self, *step), time.sleep(2))
 
 
 def test_a_step_begins_on_all_ranks_at_once(runs):
     """What a rank still does between two steps is no part of the second one, which would not know what it was."""
     run = train(runs, "-s", 2, "--trace", *MODEL, stages=2, patch=busy_between_steps)
     for account in trace.load(run).steps[1].timeline.accounting():
-        assert account["other"] < 0.5
+        assert account["other"] < 1
+
+
+def slow_first_stage(runs):
+    """Stage 0 takes half a second more for each of four passes. Return the second step: its run and two accounts."""
+    fault = ["--fault", "slow:rank=0,step=2,seconds=0.5"]
+    run = train(runs, "-s", 2, "--trace", *fault, *MODEL, stages=2)
+    return run, trace.load(run).steps[1].timeline.accounting()
 
 
 def test_who_waits_for_whom(runs):
-    """Stage 0 computes half a second longer: stage 1 waits for each activation, and that is no transfer.
-
-    The account adds up to the step as the run itself has timed it, and hardly any of it is left unexplained.
-    """
-    fault = ["--fault", "slow:rank=0,step=2,seconds=0.5"]
-    run = train(runs, "-s", 2, "--trace", *fault, *MODEL, stages=2)
-    first, second = trace.load(run).steps[1].timeline.accounting()
-    assert first["waiting"] < 0.3 < 1.0 < second["waiting"]
-    assert second["transfer"] < 0.3 and first["compute"] > 2
+    """Stage 1 waits for each activation, and that is no transfer; most of the step is explained."""
+    run, (first, second) = slow_first_stage(runs)
+    assert first["compute"] > 2
+    assert second["waiting"] > 0.5 and second["waiting"] > 2 * max(first["waiting"], second["transfer"])
     for account in (first, second):
+        assert account["other"] < run.seconds[1] / 4
+
+
+@pytest.mark.slow
+def test_the_account_is_the_step_that_the_run_timed(runs):
+    """Within 2 %, and hardly any of it is left unexplained."""
+    run, accounts = slow_first_stage(runs)
+    for account in accounts:
         assert sum(account.values()) == pytest.approx(run.seconds[1], rel=0.02) and account["other"] < 0.1
 
 
@@ -113,11 +123,11 @@ def another_host():
 
 
 def test_clocks_of_two_hosts_are_brought_together(runs):
-    """Both clocks are the same one here, so what the estimate should be is known."""
+    """Both clocks are the same one here, so what the estimate should be is known, but for half an exchange."""
     run = train(runs, "-s", 2, "--trace", *MODEL, stages=2, patch=another_host)
     measured = trace.load(run)
     offsets = [head["clock_offset"] for head in measured.heads]
-    assert offsets[0] == 0 and offsets[1] == pytest.approx(1000, abs=1e-3)
+    assert offsets[0] == 0 and offsets[1] == pytest.approx(1000, abs=1)
     assert measured.typical.timeline.seconds < 60
 
 
@@ -204,7 +214,7 @@ def test_no_trace(runs):
 
 
 def timed_recorder():
-    """Each rank notes the seconds that its recorder takes, step by step."""
+    """Each rank notes the processor time that its recorder takes, step by step: what else runs has no part in it."""
     import time
 
     from pipetutor.trace import Recorder
@@ -213,9 +223,9 @@ def timed_recorder():
 
     def timed(name, method):
         def run(self, *arguments):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             method(self, *arguments)
-            spent[-1] += time.perf_counter() - begin
+            spent[-1] += time.thread_time() - begin
             if name == "end":
                 self._path.with_suffix(".cost").write_text(str(spent))
                 spent.append(0.0)
