@@ -47,7 +47,7 @@ class Certificate:
     def passed(self) -> bool:
         """Whether every pipeline equals the reference, and every control does not."""
         compared = any(not row["control"] for row in self.rows)
-        return compared and all(row["equal"] != bool(row["control"]) for row in self.rows)
+        return compared and all(map(_as_it_should, self.rows))
 
     def __str__(self) -> str:
         """Return the table, largest differences and a verdict a row, and what gave the controls away."""
@@ -57,8 +57,8 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """One line that says what the rows come to."""
-        pipelines = [row["equal"] for row in self.rows if not row["control"]]
-        controls = [not row["equal"] for row in self.rows if row["control"]]
+        pipelines = [_as_it_should(row) for row in self.rows if not row["control"]]
+        controls = [_as_it_should(row) for row in self.rows if row["control"]]
         left = f"; {len(self.skipped)} rows were skipped" if self.skipped else ""
         return (
             f"{'PASSED' if self.passed else 'FAILED'}: {sum(pipelines)} of {len(pipelines)} pipelines equal one "
@@ -72,18 +72,26 @@ _HEAD = (
 )
 
 
+def _as_it_should(row: dict[str, Any]) -> bool:
+    """Say whether a pipeline equals the reference, or a control ran, and does not."""
+    return "gradient" in row and row["equal"] != bool(row["control"])
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if "gradient" not in row:
+        return f"{'skipped' if 'equal' not in row else 'FAILED'}: {row['reason']}"
+    if row["control"]:
+        return f"control {row['control']}: {'NOT FOUND OUT' if row['equal'] else 'found out'}"
+    return "equal" if row["equal"] else f"FAILED: {row['reason']}"
+
+
 def _line(row: dict[str, Any]) -> str:
     case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2}  "
     if "gradient" not in row:
-        return f"{case}{'skipped' if 'equal' not in row else 'FAILED'}: {row['reason']}"
+        return case + _verdict(row)
     numbers = [row[part][kind] for part in ("gradient", "final") for kind in ("absolute", "relative")]
     numbers.append(row["loss"]["relative"])
-    verdict = "equal" if row["equal"] else row["reason"]
-    if row["control"]:
-        verdict = f"control {row['control']}: {'NOT FOUND OUT' if row['equal'] else 'found out'}"
-    elif not row["equal"]:
-        verdict = f"FAILED: {verdict}"
-    return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {verdict}"
+    return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {_verdict(row)}"
 
 
 def certify(
@@ -145,8 +153,7 @@ def certify(
 
 
 def _brief(row: dict[str, Any]) -> str:
-    verdict = "equal" if row["equal"] else "different"
-    return f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']} {verdict}"
+    return f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']} {_verdict(row)[:60]}"
 
 
 def main() -> None:

@@ -56,15 +56,25 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     head = f"no step was completed in {report['deadline']:g} s: "
     if absent := set(range(report["ranks"])) - {beat.rank for beat in beats}:
         return "\n".join([f"{head}rank {min(absent)} did not start", *_doing(beats)])
-    found = heartbeat.culprits(beats)
-    first = min(found, key=lambda beat: (beat.step, beat.since))
-    verb = "holds the others up" if len(found) < len(beats) else "came least far"
+    culprits = heartbeat.culprits(beats)
+    members = [(beat, found) for found in culprits for beat in found]
+    first, among = min(members, key=lambda member: (member[0].step, member[0].since))
+    if len(among) > 1:
+        who = f"ranks {_list([beat.rank for beat in among])} wait for each other in a circle: rank {first.rank} is"
+    elif len(culprits) < len(beats):
+        who = f"rank {first.rank} holds the others up,"
+    else:
+        who = f"rank {first.rank} came least far,"
     stack = directory / f"stack_rank{first.rank}.txt"
     text = stack.read_text() if stack.exists() else ""
     shown = f"the Python stack of rank {first.rank}, from {stack}:" if text else "it gave no stack: stopped, or gone"
-    lines = [f"{head}rank {first.rank} {verb}, at {first}", *_doing(beats), shown]
+    lines = [f"{head}{who} at {first}", *_doing(beats), shown]
     lines += [f"    {line}" for line in text.splitlines()[:20]]
     return "\n".join([*lines, "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)"])
+
+
+def _list(ranks: list[int]) -> str:
+    return f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 def _doing(beats: list[Beat]) -> list[str]:

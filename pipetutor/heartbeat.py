@@ -100,27 +100,53 @@ def read(directory: Path) -> list[Beat]:
     return sorted(beats, key=lambda beat: beat.rank)
 
 
-def culprits(beats: Sequence[Beat]) -> list[Beat]:
+def culprits(beats: Sequence[Beat]) -> list[list[Beat]]:
     """Find whom a stalled run waits for.
 
     A rank that sends or receives waits for its peer. A rank in a collective waits for those peers that are not
-    in it with it. Who waits for nobody holds the others up. Where everybody waits, they wait in a circle, and
-    all of them are returned.
+    in it with it. Follow these waits: they end at a rank that waits for nobody, or go round in a circle, whose
+    ranks wait for each other. Who only waits for a circle, from outside, is not to blame.
 
-        rank 0: RecvGrad  --needs-->  rank 1: ForwardPass        culprit: rank 1
+        rank 0: RecvGrad  --needs-->  rank 1: ForwardPass                               culprit: rank 1
+        rank 2: RecvGrad  --needs-->  rank 1: RecvGrad  <--need each other-->  rank 0   culprits: ranks 0 and 1
 
-    >>> [beat.rank for beat in culprits([Beat(0, "training", 3, "RecvGrad", 0, [1]), Beat(1, "training", 3)])]
-    [1]
+    In the graph of waits these are the strongly connected components that no wait leads out of.
+
+    Args:
+        beats: the last heartbeat of every rank.
+
+    Returns:
+        One list for each culprit: a rank that waits for nobody, or all ranks of a circle.
+
+    >>> [[beat.rank for beat in found] for found in culprits([Beat(0, "training", 3, "RecvGrad", 0, [1]), Beat(1)])]
+    [[1]]
     """
     by_rank = {beat.rank: beat for beat in beats}
 
-    def waits(beat: Beat) -> bool:
+    def needs(beat: Beat) -> list[int]:
+        """Return the ranks that this one waits for itself."""
         place = (beat.phase, beat.step, beat.instruction)
         peers = [by_rank[rank] for rank in beat.peers if rank in by_rank]
-        met = [peer for peer in peers if (peer.phase, peer.step, peer.instruction) == place]
-        return len(peers) > (len(met) if beat.instruction in COLLECTIVES else 0)
+        if beat.instruction in COLLECTIVES:
+            peers = [peer for peer in peers if (peer.phase, peer.step, peer.instruction) != place]
+        return [peer.rank for peer in peers]
 
-    return [beat for beat in beats if not waits(beat)] or list(beats)
+    def reach(rank: int) -> set[int]:
+        """Return the ranks that this one waits for, itself or through others, and the rank."""
+        found, new = {rank}, [rank]
+        while new:
+            more = set(needed[new.pop()]) - found
+            found |= more
+            new += more
+        return found
+
+    needed = {rank: needs(beat) for rank, beat in by_rank.items()}
+    reached = {rank: reach(rank) for rank in by_rank}
+    ends: list[set[int]] = []
+    for found in reached.values():
+        if found not in ends and all(reached[other] == found for other in found):
+            ends.append(found)
+    return [[by_rank[rank] for rank in sorted(end)] for end in ends]
 
 
 def ask_for_stacks(directory: Path, pids: Mapping[int, int], seconds: float = 2.0) -> None:

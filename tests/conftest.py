@@ -1,11 +1,12 @@
 """Shared by the tests: small runs, and proof that they leave no process behind."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ def runs(tmp_path, monkeypatch):
     for process in left:
         process.kill()
     assert not left, f"left running: {left}"
+
+
+def rounding(losses: Sequence[float]) -> float:
+    """The most that rounding may change a run's losses by: a thousandth of what other images do, from step to step.
+
+    For plain SGD and few steps; Adam makes a difference of rounding as large as any other.
+    """
+    return max(abs(after - before) for before, after in itertools.pairwise(losses)) / 1000
 
 
 class RankFailed(AssertionError):

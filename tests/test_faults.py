@@ -19,13 +19,48 @@ def ranks_of(beats):
     return [beat.rank for beat in beats]
 
 
-def test_the_culprit_is_who_waits_for_nobody():
-    chain = [
-        Beat(0, "training", 3, "RecvGrad", 0, [1]),
-        Beat(1, "training", 3, "RecvGrad", 0, [2]),
-        Beat(2, "training", 3, "ForwardPass", 1),
+def blamed(waits):
+    """Whom ``culprits`` blames, where each rank waits for the given ones, in a pass where for none."""
+    beats = [
+        Beat(rank, "training", 3, "RecvGrad" if peers else "ForwardPass", 0, peers) for rank, peers in waits.items()
     ]
-    assert ranks_of(culprits(chain)) == [2]
+    return [ranks_of(found) for found in culprits(beats)]
+
+
+@pytest.mark.parametrize(
+    "waits, expected",
+    [
+        ({0: [1], 1: [2], 2: []}, [[2]]),
+        ({0: [], 1: [], 2: [1]}, [[0], [1]]),
+        ({0: [1], 1: [0]}, [[0, 1]]),
+        ({0: [1], 1: [0], 2: [1], 3: [2]}, [[0, 1]]),
+        ({0: [1], 1: [2], 2: [3], 3: [1]}, [[1, 2, 3]]),
+        ({0: [1], 1: [0], 2: [3], 3: [2], 4: [3]}, [[0, 1], [2, 3]]),
+        ({0: [1], 1: [0], 2: [1], 3: []}, [[0, 1], [3]]),
+        ({0: [1], 1: [2], 2: [3], 3: []}, [[3]]),
+        ({0: [1], 1: [0, 2], 2: []}, [[2]]),
+        ({0: [1, 3], 1: [0], 2: [0], 3: [2]}, [[0, 1, 2, 3]]),
+        ({0: [7]}, [[0]]),
+        ({}, []),
+    ],
+    ids=[
+        "a chain",
+        "two that wait for nobody",
+        "a circle",
+        "a circle with a tail",
+        "a circle at the end of a tail",
+        "two circles and a tail",
+        "a circle, and one that waits for nobody",
+        "a tail on a stalled rank",
+        "a circle that waits for a stalled rank",
+        "two circles that share a rank",
+        "a peer without a heartbeat",
+        "nobody",
+    ],
+)
+def test_the_culprits_are_where_the_waits_end(waits, expected):
+    """At a rank that waits for nobody, or in a circle; who waits for a circle from outside is not in it."""
+    assert blamed(waits) == expected
 
 
 def test_who_waits_in_one_collective_waits_for_who_is_missing():
@@ -34,18 +69,26 @@ def test_who_waits_in_one_collective_waits_for_who_is_missing():
         Beat(1, "training", 3, "ReduceGrads", None, [0, 2]),
         Beat(2, "training", 3, "BackwardPass", 1),
     ]
-    assert ranks_of(culprits(replicas)) == [2]
+    assert [ranks_of(found) for found in culprits(replicas)] == [[2]]
 
 
 def test_who_is_a_step_behind_is_waited_for():
     behind = [Beat(0, "training", 4, "RecvGrad", 0, [1]), Beat(1, "saving", 3)]
-    assert ranks_of(culprits(behind)) == [1]
+    assert [ranks_of(found) for found in culprits(behind)] == [[1]]
 
 
-def test_a_circle_has_no_single_culprit():
-    """Both receive: nobody sends, as in a schedule that deadlocks."""
-    circle = [Beat(0, "training", 2, "RecvGrad", 0, [1]), Beat(1, "training", 2, "RecvActivation", 0, [0])]
-    assert ranks_of(culprits(circle)) == [0, 1]
+def test_a_circle_is_named_as_one(tmp_path):
+    """Ranks 0 and 1 both receive, and rank 2 waits for rank 1; it came least far, and is not to blame."""
+    beats = [
+        {"rank": 0, "phase": "training", "step": 2, "instruction": "RecvGrad", "micro_batch": 0, "peers": [1]},
+        {"rank": 1, "phase": "training", "step": 2, "instruction": "RecvActivation", "micro_batch": 1, "peers": [0]},
+        {"rank": 2, "phase": "training", "step": 1, "instruction": "RecvActivation", "micro_batch": 0, "peers": [1]},
+    ]
+    said = diagnose(tmp_path, {"stalled": beats, "deadline": 9, "ranks": 3})
+    assert said.startswith(
+        "no step was completed in 9 s: ranks 0 and 1 wait for each other in a circle: rank 0 is at RecvGrad of "
+        "micro-batch 0 in step 2, which needs rank 1\n"
+    )
 
 
 def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
