@@ -17,7 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 from pipetutor import data, fetch, synthetic
 from pipetutor.fetch import FILES, DataError, prepare, ready
 
-SPAWN = multiprocessing.get_context("spawn")
+FORKS = multiprocessing.get_context("forkserver")  # its server has loaded torch already; see conftest.py
 
 
 def test_md5_sums_are_torchvisions():
@@ -72,9 +72,9 @@ def enlarge_noise_with_the_least_of_kernels() -> None:
 def test_noise_is_enlarged_as_by_pillow_on_every_processor(monkeypatch):
     enlarge_noise()
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # read when torch is loaded
-    other = SPAWN.Process(target=enlarge_noise_with_the_least_of_kernels)
+    other = multiprocessing.get_context("spawn").Process(target=enlarge_noise_with_the_least_of_kernels)
     other.start()
-    other.join(90)
+    other.join(100)
     other.kill()
     assert other.exitcode == 0
 
@@ -180,7 +180,7 @@ def test_four_cold_ranks_cause_exactly_one_fetch(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url, port = f"http://127.0.0.1:{server.server_address[1]}/{archive.name}", free_port()
-        ranks = [SPAWN.Process(target=cold_rank, args=(rank, port, url, md5, where)) for rank in range(4)]
+        ranks = [FORKS.Process(target=cold_rank, args=(rank, port, url, md5, where)) for rank in range(4)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
