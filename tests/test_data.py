@@ -12,11 +12,12 @@ import time
 import pytest
 import torch
 import torchvision
+from torchvision.transforms.functional import to_pil_image
 
 from pipetutor import data, fetch, synthetic
 from pipetutor.fetch import FILES, DataError, prepare, ready
 
-SPAWN = multiprocessing.get_context("spawn")
+FORKS = multiprocessing.get_context("forkserver")  # its server has loaded torch already; see conftest.py
 
 
 def test_md5_sums_are_torchvisions():
@@ -51,6 +52,31 @@ def test_a_micro_batch_is_enlarged_to_the_last_bit_as_image_by_image(tmp_path):
     )
     loaded = next(iter(data.Loader(data.Labels(one_by_one), order, 8, device, torch.bfloat16)))
     assert [part.tolist() for part in loaded] == [[one_by_one.targets[i] for i in order[:8]]] * 2
+
+
+def enlarge_noise() -> None:
+    noise = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = torch.stack([data.TRANSFORM(to_pil_image(image)) for image in noise])
+    assert torch.equal(data.enlarge(noise), wanted)
+    once = torch.nn.functional.interpolate(noise.float(), size=256, mode="bilinear")[..., 16:240, 16:240]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
+    differs = once.add(0.5).floor() - wanted.mul(std).add(mean).mul(255).round()
+    assert differs.abs().max() == 1, "rounded in one place instead of two, some pixels should differ, by 1 of 255"
+
+
+def enlarge_noise_with_the_least_of_kernels() -> None:
+    assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    enlarge_noise()
+
+
+def test_noise_is_enlarged_as_by_pillow_on_every_processor(monkeypatch):
+    enlarge_noise()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # read when torch is loaded
+    other = multiprocessing.get_context("spawn").Process(target=enlarge_noise_with_the_least_of_kernels)
+    other.start()
+    other.join(100)
+    other.kill()
+    assert other.exitcode == 0
 
 
 def test_other_bytes_are_refused_after_drawing(tmp_path, monkeypatch):
@@ -154,7 +180,7 @@ def test_four_cold_ranks_cause_exactly_one_fetch(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url, port = f"http://127.0.0.1:{server.server_address[1]}/{archive.name}", free_port()
-        ranks = [SPAWN.Process(target=cold_rank, args=(rank, port, url, md5, where)) for rank in range(4)]
+        ranks = [FORKS.Process(target=cold_rank, args=(rank, port, url, md5, where)) for rank in range(4)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
