@@ -14,17 +14,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import SMALL, SMALL_SGD, processes_of
+from conftest import HANGS, SMALL, SMALL_SGD, processes_of
 
 from pipetutor import Run, RunFailed, launch, records
 from pipetutor.launch import free_port
 from pipetutor.records import STEPS, read_lines
 from pipetutor.watch import watch
 
-ENDS_WITHIN = 10
 
-
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=HANGS):
     """Wait for something that other processes do; fail when it does not come."""
     done = threading.Event()
     for _ in range(int(seconds * 10)):
@@ -88,7 +86,7 @@ def test_the_printed_command_does_the_same_work_alone(runs, capsys):
     run = launch(steps=2, model="mobilenet_v3_small", dropout=0.0, config=SMALL, runs_dir=runs)
     assert run.command in capsys.readouterr().out
     (run.directory / "steps.jsonl").unlink()
-    subprocess.run(run.command, shell=True, check=True, timeout=90, capture_output=True)
+    subprocess.run(run.command, shell=True, check=True, timeout=HANGS, capture_output=True)
     assert Run.load(run.directory).losses == run.losses
 
 
@@ -98,7 +96,7 @@ def test_two_launches_at_once_with_port_29500_taken(runs):
         taken.bind(("127.0.0.1", 29500))
         taken.listen()
         both = [script(runs, "launch(stages=1, steps=1, config=SMALL, runs_dir=RUNS)") for _ in range(2)]
-        assert [process.wait(110) for process in both] == [0, 0]
+        assert [process.wait(HANGS) for process in both] == [0, 0]
     assert len(list(runs.iterdir())) == 2
 
 
@@ -137,7 +135,7 @@ def test_a_rank_that_raises_is_named(runs, monkeypatch):
     )
     kernel = script(runs, LONG)
     wait_until(lambda: any(runs.glob("*/failure_rank1.json")))
-    _, errors = kernel.communicate(timeout=ENDS_WITHIN)
+    _, errors = kernel.communicate(timeout=HANGS)
     assert kernel.returncode == 1
     assert "rank 1 failed first: ArithmeticError: the loss of the test (exit code 1)" in errors
     assert "_rank1.log" in errors and "RunFailed" in errors
@@ -148,7 +146,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(runs):
     kernel = script(runs, LONG)
     wait_until(a_step_is_done(runs))
     ranks_of(runs)[1].kill()
-    _, errors = kernel.communicate(timeout=ENDS_WITHIN)
+    _, errors = kernel.communicate(timeout=HANGS)
     assert "rank 1 failed first: killed by SIGKILL (exit code -9), at " in errors, errors
     assert not processes_of(runs.parent)
 
@@ -159,8 +157,8 @@ def test_nothing_outlives_the_kernel(runs, end):
     wait_until(a_step_is_done(runs))
     assert len(ranks_of(runs)) == 2
     kernel.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
-    wait_until(lambda: not [p for p in processes_of(runs.parent) if p.pid != kernel.pid], ENDS_WITHIN)
-    _, errors = kernel.communicate(timeout=ENDS_WITHIN)
+    wait_until(lambda: not [p for p in processes_of(runs.parent) if p.pid != kernel.pid])
+    _, errors = kernel.communicate(timeout=HANGS)
     assert ("KeyboardInterrupt" in errors) == (end == "interrupt")
     assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "interrupted"
 
@@ -181,7 +179,7 @@ def test_children_that_ignore_signals_and_leave_the_session_are_ended_too(runs, 
     assert any("os.setsid()" in " ".join(p.cmdline()) for p in processes_of(runs.parent))
     kernel.kill()
     kernel.communicate()
-    wait_until(lambda: not processes_of(runs.parent), ENDS_WITHIN)
+    wait_until(lambda: not processes_of(runs.parent))
 
 
 def test_papermill_stopped_leaves_nothing(runs, tmp_path):
@@ -199,7 +197,7 @@ def test_papermill_stopped_leaves_nothing(runs, tmp_path):
     papermill.kill()
     papermill.wait()
     # The kernel notices that its parent is gone, and the supervisor that the kernel is.
-    wait_until(lambda: not processes_of(tmp_path), ENDS_WITHIN)
+    wait_until(lambda: not processes_of(tmp_path))
 
 
 @pytest.mark.parametrize("place", ["file", "full"])
@@ -219,7 +217,7 @@ def test_runs_that_cannot_be_written_are_a_clear_error(runs, monkeypatch, place)
     assert place == "file" or not [p for p in runs.glob("*/*")]
 
 
-def deepspeed(*arguments, cwd, ranks=None, timeout=100):
+def deepspeed(*arguments, cwd, ranks=None, timeout=HANGS):
     command = [str(Path(sys.executable).with_name("deepspeed"))]
     command += ["--num_gpus", str(ranks)] if ranks else []
     return subprocess.run(
@@ -240,7 +238,6 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs):
     assert "Traceback" not in done.stderr + done.stdout
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("stages, train_batch", [(2, 256), (0, 32)])
 def test_the_references_command_lines_work(runs, stages, train_batch):
     """`deepspeed train.py --deepspeed_config=ds_config.json -p 2 --steps=200`, here for one step."""
@@ -253,7 +250,7 @@ def test_the_references_command_lines_work(runs, stages, train_batch):
     }
     (runs.parent / "ds_config.json").write_text(json.dumps(config))
     arguments = ["--deepspeed_config=ds_config.json", "-p", str(stages), "--steps=1", "--run-dir", "recorded"]
-    done = deepspeed(*arguments, cwd=runs.parent, timeout=200)
+    done = deepspeed(*arguments, cwd=runs.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     run = Run.load(runs.parent / "recorded")
     assert run.train_batch == train_batch and run.status == "finished" and run.stages == stages
@@ -274,7 +271,7 @@ def test_two_hosts_without_ssh(runs):
         for number in (0, 1)
     ]
     try:
-        said = [host.communicate(timeout=100)[0] for host in hosts]
+        said = [host.communicate(timeout=HANGS)[0] for host in hosts]
     finally:
         for host in hosts:
             host.terminate()

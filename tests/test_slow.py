@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, processes_of, train
-from test_launch import ENDS_WITHIN, deepspeed, ranks_of, script, wait_until
+from conftest import HANGS, SMALL, processes_of, train
+from test_launch import deepspeed, ranks_of, script, wait_until
 
 from pipetutor import Run, checkpoint, launch
 from pipetutor.records import STEPS, read_lines
@@ -87,8 +87,8 @@ def test_20_kills_at_random_moments_lose_nothing(runs):
         time.sleep(moments.uniform(0, 3))  # the moment of the kill is the point
         victims = [*ranks_of(runs).values(), kernel]
         moments.choice(victims).send_signal(signal.SIGKILL)
-        kernel.communicate(timeout=ENDS_WITHIN)
-        wait_until(lambda: not processes_of(runs.parent), ENDS_WITHIN)
+        kernel.communicate(timeout=HANGS)
+        wait_until(lambda: not processes_of(runs.parent))
         lines = list(read_lines(directory / STEPS))
         first = lines[0]["step"]
         assert first == begun + 1, "it went on from another step than the newest checkpoint's"
