@@ -43,11 +43,14 @@ class Linear(nn.Linear):
     """``nn.Linear`` whose backward pass adds to ``weight.grad`` itself.
 
     Whoever waits for autograd to hand over a weight's gradient is told of the first micro-batch's alone: hooks of the
-    weight, ZeRO's among them, and ``torch.autograd.grad``.
+    weight, ZeRO's among them, and ``torch.autograd.grad``. Under autocast it is ``nn.Linear``: the product has fewer
+    bits than the sum, and autograd casts it.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute what ``nn.Linear`` does."""
+        if torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
         return _Linear.apply(input, self.weight, self.bias)
 
 

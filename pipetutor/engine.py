@@ -74,6 +74,8 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
       instead of ten makes it five times as fast on a CPU (34 against 170 ms for 54 million weights).
     - It clips gradients to a norm of 1 when nobody asked, and takes that norm over each stage alone: the
       losses of a pipeline would depend on its cut. Clipping is off unless the config asks for it.
+    - In bf16 and fp16 it leaves buffers in fp32, and torch's batch normalisation takes no weights of another dtype
+      than its running statistics. They become what the weights are.
     - ``wall_clock_breakdown`` ends its pipeline engine ("timer has already been started"). It is left out.
     - It prints steps in its own form. They are printed by ``pipetutor.train``, in one form for both modes.
     """
@@ -86,6 +88,8 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
         params = {"torch_adam": True, "weight_decay": 0.0} | optimizer.get("params", {})
         optimizer["params"] = ({"fused": True} | params) if params["torch_adam"] else params
         config["optimizer"] = optimizer
+    if (dtype := dtype_of(config)) != "fp32":
+        config["data_types"] = {"buffer_dtype": dtype} | config.get("data_types", {})
     if stages and config.pop("wall_clock_breakdown", False):
         say("wall_clock_breakdown is left out: DeepSpeed's pipeline engine does not support it")
     return config

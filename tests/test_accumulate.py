@@ -62,6 +62,32 @@ def test_frozen_parameters_and_subclasses_are_left_alone():
     assert ours[0].weight.grad is None and ours[0].bias.grad is not None
 
 
+def test_under_autocast_gradients_are_those_of_autograd():
+    """Products of 16 bits, a sum of 32: nothing is added up in place, and the bits are the same."""
+    stock, ours = twins(8, 5)
+    for number in range(2):
+        torch.manual_seed(number)
+        values = torch.randn(8, 5)
+        for net in (stock, ours):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = net(values).square().sum()
+            loss.backward()
+    for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
+
+
+def test_two_stages_train_under_autocast(tmp_path):
+    """As stock layers do, to the last bit; the first loss is that of fp32 within torch's bound for bf16."""
+    arguments, common = ["-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0], {"stages": 2}
+    config = SMALL_SGD | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    ours = train(tmp_path / "ours", *arguments, **common, config=config)
+    stock = train(tmp_path / "stock", *arguments, **common, config=config, patch=stock_layers)
+    exact = train(tmp_path / "fp32", *arguments, **common, config=SMALL_SGD)
+    assert ours.losses == stock.losses != exact.losses
+    assert ours.losses[0] == pytest.approx(exact.losses[0], rel=1.6e-2)
+
+
 def said_which(directory):
     return [(directory / f"rank{rank}.txt").read_text().count("in place: True") for rank in (0, 1)]
 
