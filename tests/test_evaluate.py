@@ -50,6 +50,8 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
         logits = torch.cat([model(testset[i][0][None]) for i in range(SIZE)])
     labels = torch.tensor(testset.targets[:SIZE])
     correct = int((logits.argmax(1) == labels).sum())
+    best, second = logits.topk(2).values.unbind(1)
+    unsure = int((best - second < 1e-5).sum())  # rounding, which differs with the images beside it, decides these
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert 0 < correct < SIZE
     assert [e["step"] for e in trained.evaluations] == [3, 6]
@@ -57,9 +59,11 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
     for stages, replicas in ((0, 1), (0, 2), (1, 1), (2, 1), (4, 1), (2, 2)):
         run = train(runs / f"p{stages}r{replicas}", *resumed, stages=stages, replicas=replicas, **common)
         (found,) = run.evaluations
-        assert (found["step"], found["correct"], found["images"]) == (6, correct, SIZE), (stages, replicas)
-        assert found["loss"] == pytest.approx(loss, rel=1e-5) and run.accuracy == correct / SIZE
-    assert trained.evaluations[-1]["correct"] == correct
+        assert (found["step"], found["images"]) == (6, SIZE), (stages, replicas)
+        assert abs(found["correct"] - correct) <= unsure, (stages, replicas)
+        torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(loss))
+        assert run.accuracy == found["correct"] / SIZE
+    assert abs(trained.evaluations[-1]["correct"] - correct) <= unsure < SIZE / 4
 
 
 def test_evaluation_does_not_disturb_training(runs):

@@ -12,7 +12,7 @@ from pipetutor.faults import Fault
 from pipetutor.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
 from pipetutor.supervise import Progress
 
-DEADLINE = 5
+DEADLINE = 20  # of a run whose steps take a second at most, on a machine that may be much slower
 
 
 def ranks_of(beats):
@@ -189,7 +189,7 @@ def test_a_fault_can_be_read_back():
 def failure(runs, fault, **options):
     """Launch with a fault; return the error's text and how many seconds after the last step it came."""
     with pytest.raises(RunFailed) as failed:
-        launch(steps=1000, config=SMALL_SGD, fault=fault, deadline=DEADLINE, runs_dir=runs, **options)
+        launch(steps=1000, config=SMALL_SGD, fault=fault, runs_dir=runs, **options)
     last = max(path.stat().st_mtime for path in runs.glob("*/steps.jsonl"))
     assert not processes_of(runs.parent)
     assert records.Run.load(failed.value.directory).status == "failed", "the error knows where the run is kept"
@@ -197,30 +197,32 @@ def failure(runs, fault, **options):
 
 
 def test_a_rank_that_stalls_is_named_with_its_stack(runs):
-    said, late = failure(runs, "stall:rank=1,step=2")
-    head = "no step was completed in 5 s: rank 1 holds the others up, at ForwardPass of micro-batch 0 in step 2"
-    assert said.startswith(head)
+    said, late = failure(runs, "stall:rank=1,step=2", deadline=DEADLINE)
+    assert said.startswith(f"no step was completed in {DEADLINE} s: rank 1 holds the others up, at ForwardPass of ")
+    assert "\n    rank 1: ForwardPass of micro-batch 0 in step 2, since" in said
     assert "rank 0: RecvGrad of micro-batch 0 in step 2, which needs rank 1, since" in said
     assert "the Python stack of rank 1" in said and "faults.py" in said and "in act" in said
-    assert late < DEADLINE + 10
+    assert late < DEADLINE + 60
 
 
 def test_a_replica_that_is_slow_is_named(runs):
     """Every rank gets on, but no step is completed in time; the baseline, whose ranks meet in ReduceGrads."""
-    said, late = failure(runs, "slow:rank=1,step=2,seconds=4", stages=0, replicas=2)
+    fault = f"slow:rank=1,step=2,seconds={0.8 * DEADLINE:g}"
+    said, late = failure(runs, fault, stages=0, replicas=2, deadline=DEADLINE)
     head = said.splitlines()[0]
     assert "rank 1 holds the others up, at " in head and "Pass of micro-batch 0 in step 2" in head
     assert "rank 0: ReduceGrads of micro-batch 0 in step 2, which needs rank 1" in said
     assert "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)" in said
-    assert late < DEADLINE + 10
+    assert late < DEADLINE + 60
 
 
 def test_a_rank_that_dies_is_named_with_what_it_did(runs):
+    """Long before the deadline of 300 s: its end is noticed, and nobody waits for it."""
     said, late = failure(runs, "die:rank=0,step=2")
     assert said.startswith(
         "rank 0 failed first: killed by SIGKILL (exit code -9), at ForwardPass of micro-batch 0 in step 2"
     )
-    assert "rank 1: RecvActivation of micro-batch 0 in step 2, which needs rank 0" in said and late < 10
+    assert "rank 1: RecvActivation of micro-batch 0 in step 2, which needs rank 0" in said and late < 60
 
 
 RAGGED = "ragged micro-batch: 1 images, and every other one has 2"
@@ -231,7 +233,7 @@ def test_a_ragged_micro_batch_is_named_where_it_is_loaded(runs):
     said, late = failure(runs, "ragged:rank=1,step=2", model="mobilenet_v3_small")
     head = said.splitlines()[0]
     assert head.startswith(f"rank 1 failed first: ValueError: {RAGGED}")
-    assert head.endswith(", at LoadMicroBatch of micro-batch 0 in step 2") and late < 10
+    assert head.endswith(", at LoadMicroBatch of micro-batch 0 in step 2") and late < 60
 
 
 def test_a_ragged_micro_batch_of_the_baseline_is_refused_as_well(runs):
