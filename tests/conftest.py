@@ -19,6 +19,18 @@ from pipetutor.launch import free_port
 
 SMALL = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2}
 SMALL_SGD = SMALL | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+FAST_SGD, TWICE_AS_FAST = (SMALL | {"optimizer": {"type": "SGD", "params": {"lr": rate}}} for rate in (0.05, 0.1))
+
+
+def equal_but_for_rounding(found: list[float], wanted: list[float], mistaken: list[float]) -> None:
+    """Assert that losses differ by at most a thousandth of what a mistake does to them: those are ``mistaken``.
+
+    For plain SGD and few steps: Adam makes rounding as large as its steps.
+    """
+    mistake = max(abs(a - b) for a, b in zip(wanted, mistaken, strict=True))
+    assert mistake > 1e-3, "no mistake to compare with"
+    assert found == pytest.approx(wanted, abs=mistake / 1000, rel=0)
+
 
 # Ranks that are forked from a server which has loaded DeepSpeed start in milliseconds. One thread each: both
 # sides of a comparison add up in the same order.
