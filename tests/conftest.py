@@ -95,7 +95,7 @@ def train(
     replicas: int = 1,
     config: dict | None = None,
     patch: Callable[[], None] | None = None,
-    seconds: float = 60,
+    seconds: float = 240,
 ) -> Run:
     """Run ``pipetutor.train`` in forked ranks, as DeepSpeed's launcher would, and return its record.
 
@@ -140,7 +140,7 @@ def _child(
     os._exit(0)
 
 
-def run(directory: Path, ranks: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
+def run(directory: Path, ranks: int, work: Callable[..., Any], *arguments: Any, seconds: float = 240) -> list[Any]:
     """Run ``work``, a function of a test's module, in forked ranks that can talk, and return what each returned.
 
     All have ended when this returns.
