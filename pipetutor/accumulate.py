@@ -49,7 +49,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute what ``nn.Linear`` does."""
-        if torch.is_autocast_enabled(input.device.type):
+        device = input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # ``meta`` has none
             return super().forward(input)
         return _Linear.apply(input, self.weight, self.bias)
 

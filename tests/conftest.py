@@ -1,12 +1,11 @@
 """Shared by the tests: small runs, and proof that they leave no process behind."""
 
-import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,18 @@ from pipetutor.launch import free_port
 HANGS = 600.0  # seconds: generous, for a slow machine with other work; only what hangs takes longer
 SMALL = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2}
 SMALL_SGD = SMALL | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+FAST_SGD, TWICE_AS_FAST = (SMALL | {"optimizer": {"type": "SGD", "params": {"lr": rate}}} for rate in (0.05, 0.1))
+
+
+def equal_but_for_rounding(found: list[float], wanted: list[float], mistaken: list[float]) -> None:
+    """Assert that losses differ by at most a thousandth of what a mistake does to them: those are ``mistaken``.
+
+    For plain SGD and few steps: Adam makes rounding as large as its steps.
+    """
+    mistake = max(abs(a - b) for a, b in zip(wanted, mistaken, strict=True))
+    assert mistake > 1e-3, "no mistake to compare with"
+    assert found == pytest.approx(wanted, abs=mistake / 1000, rel=0)
+
 
 # Ranks that are forked from a server which has loaded DeepSpeed start in milliseconds. One thread each: both
 # sides of a comparison add up in the same order.
@@ -57,14 +68,6 @@ def runs(tmp_path, monkeypatch):
     assert not left, f"left running: {left}"
 
 
-def rounding(losses: Sequence[float]) -> float:
-    """The most that rounding may change a run's losses by: a thousandth of what other images do, from step to step.
-
-    For plain SGD and few steps; Adam makes a difference of rounding as large as any other.
-    """
-    return max(abs(after - before) for before, after in itertools.pairwise(losses)) / 1000
-
-
 class RankFailed(AssertionError):
     """A forked rank ended with a status other than 0; the message is what it printed."""
 
@@ -84,6 +87,21 @@ def _rank(
     from pipetutor import train
 
     train.main()
+
+
+def _codes(processes: list[Any], seconds: float) -> list[int | None]:
+    """Run ranks until all have ended, one has failed or the time is over; return their exit codes, and leave none."""
+    try:
+        for process in processes:
+            process.start()
+        running, end = {process.sentinel for process in processes}, time.monotonic() + seconds
+        while running and time.monotonic() < end and not any(process.exitcode for process in processes):
+            running -= set(connection.wait(list(running), end - time.monotonic()))
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def train(
@@ -108,17 +126,7 @@ def train(
         _FORKS.Process(target=_rank, args=(r, ranks, port, words, directory / f"rank{r}.txt", patch), daemon=True)
         for r in range(ranks)
     ]
-    try:
-        for process in processes:
-            process.start()
-        running, end = {process.sentinel for process in processes}, time.monotonic() + seconds
-        while running and time.monotonic() < end and not any(process.exitcode for process in processes):
-            running -= set(connection.wait(list(running), end - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    codes = _codes(processes, seconds)
     if any(code != 0 for code in codes):
         said = "\n".join((directory / f"rank{r}.txt").read_text()[-3000:] for r in range(ranks))
         raise RankFailed(f"exit codes {codes}\n{said}")
@@ -139,7 +147,7 @@ def _child(
     os._exit(0)
 
 
-def run(directory: Path, ranks: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
+def run(directory: Path, ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run ``work``, a function of a test's module, in forked ranks that can talk, and return what each returned.
 
     All have ended when this returns.
@@ -149,18 +157,8 @@ def run(directory: Path, ranks: int, work: Callable[..., Any], *arguments: Any, 
         _FORKS.Process(target=_child, args=(work, arguments, rank, ranks, port, directory), daemon=True)
         for rank in range(ranks)
     ]
-    try:
-        for process in processes:
-            process.start()
-        end = time.monotonic() + seconds
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    assert not any(codes) and None not in codes, f"exit codes {codes}; None: still running after {seconds} s"
+    codes = _codes(processes, HANGS)
+    assert all(code == 0 for code in codes), f"exit codes {codes}; None: still running"
     import torch
 
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -4,22 +4,28 @@ import itertools
 import json
 
 import pytest
-from conftest import SMALL_SGD, RankFailed, rounding, train
+from conftest import FAST_SGD, SMALL_SGD, TWICE_AS_FAST, RankFailed, equal_but_for_rounding, train
 
 
 def test_every_topology_computes_what_one_process_computes(runs):
-    """Dropout off, fp32: the baseline, 1 to 4 stages, and 2 replicas have the same losses but for rounding."""
-    quiet, common = ["-s", 5, "--dropout", 0], dict(config=SMALL_SGD)
-    base = train(runs / "base", *quiet, stages=0, **common)
-    assert len(base.losses) == 5 and base.parts == [] and base.status == "finished"
-    by_stages = {stages: train(runs / str(stages), *quiet, stages=stages, **common) for stages in (1, 2, 3, 4)}
-    for stages, run in by_stages.items():
-        assert run.losses == by_stages[1].losses, f"{stages} stages: the same operations in the same order"
+    """Dropout off, fp32, SGD, one thread: 1 to 4 stages have the same losses to the last bit.
+
+    The baseline adds gradients up elsewhere, and replicas in another order; the mistake beside them is a gradient
+    that is summed over two micro-batches or replicas, not averaged.
+    """
+    quiet = ["-s", 4, "--dropout", 0]
+    base = train(runs / "base", *quiet, stages=0, config=FAST_SGD)
+    summed = train(runs / "summed", *quiet, stages=0, config=TWICE_AS_FAST)
+    assert len(base.losses) == 4 and base.parts == [] and base.status == "finished"
+    pipelines = [train(runs / str(stages), *quiet, stages=stages, config=FAST_SGD) for stages in (1, 2, 3, 4)]
+    for stages, run in enumerate(pipelines, 1):
+        assert run.losses == pipelines[0].losses, stages
         assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
-    replicas = train(runs / "replicas", *quiet, "--partition", "0,16,22", stages=2, replicas=2, **common)
+    equal_but_for_rounding(pipelines[0].losses, base.losses, summed.losses)
+    common = dict(stages=2, replicas=2, config=FAST_SGD)
+    replicas = train(runs / "replicas", *quiet, "--partition", "0,16,22", **common)
     assert (replicas.micro_batches, replicas.parts) == (1, [0, 16, 22])
-    for run in (by_stages[1], replicas):
-        assert run.losses == pytest.approx(base.losses, abs=rounding(base.losses), rel=0)
+    equal_but_for_rounding(replicas.losses, base.losses, summed.losses)
 
 
 SIZE = 25
@@ -66,7 +72,7 @@ def test_two_passes_over_images_that_nothing_divides(runs):
     for one_pass in (first, second):
         assert len(set(one_pass)) == len(one_pass) == 24, "an image twice, or a ragged micro-batch"
     assert not (runs / "pipe" / "read_by_rank1").exists(), "a stage in the middle loads nothing"
-    assert pipe.losses == pytest.approx(base.losses, abs=rounding(base.losses), rel=0) and len(pipe.losses) == 4
+    assert pipe.losses[0] == base.losses[0] and len(pipe.losses) == 4
 
 
 def test_a_run_can_be_taken_over_and_says_how_it_came_about(runs):
@@ -103,18 +109,31 @@ def test_a_slow_rank_takes_longer(runs):
 
 @pytest.mark.parametrize("stages, replicas", [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2)])
 def test_bf16_trains_in_every_topology(runs, stages, replicas):
-    """The losses are those of fp32 to the three digits that bf16 has."""
+    """The losses are those of fp32 within torch's bound for bf16; batch normalisation is among the layers."""
     common = dict(stages=stages, replicas=replicas, config=SMALL_SGD)
-    arguments = ["-s", 2, "--dropout", 0]
+    arguments = ["-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0]
     exact = train(runs / "fp32", *arguments, **common)
     coarse = train(runs / "bf16", *arguments, "--dtype", "bf16", **common)
-    assert coarse.losses == pytest.approx(exact.losses, rel=0.02) and coarse.losses != exact.losses
+    assert coarse.losses == pytest.approx(exact.losses, rel=1.6e-2) and coarse.losses != exact.losses
     assert coarse.details["config"]["bf16"]["enabled"]
 
 
 def test_images_one_by_one_train_the_same(runs):
+    """To a hundredth: on some processors a few pixels differ by one step of 255."""
     batched, pil = (
-        train(runs / how, "-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0, "--transforms", how, stages=2)
+        train(
+            runs / how,
+            "-s",
+            2,
+            "--model",
+            "mobilenet_v3_small",
+            "--dropout",
+            0,
+            "--transforms",
+            how,
+            stages=2,
+            config=SMALL_SGD,
+        )
         for how in ("batched", "pil")
     )
-    assert batched.losses == pil.losses
+    assert pil.losses == pytest.approx(batched.losses, rel=0.01)
