@@ -215,7 +215,12 @@ def bench(
     check("rivals", rivals, list_of(named(RIVALS)))
     if len(set(rivals)) < len(rivals):
         raise ValueError(f"rivals are {', '.join(rivals)}, but each can take part once")
-    kinds = {"repetitions": "count", "steps": whole(WARM_UP + 1, example=10), "more": "switch", "runs_dir": "path"}
+    kinds = {
+        "repetitions": whole(1, example=3),
+        "steps": whole(WARM_UP + 1, example=10),
+        "more": "switch",
+        "runs_dir": "path",
+    }
     given = locals()
     for name, kind in kinds.items():
         check(name, given[name], kind)

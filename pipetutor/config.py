@@ -87,7 +87,8 @@ def _over(default: dict[str, Any], given: Any) -> Any:
     """Lay an optimizer over the default's: params key by key where the type is the same, and none where it is not."""
     if not isinstance(given, dict) or not isinstance(given.get("params", {}), dict):
         return given  # and is refused
-    if str(given.get("type", default["type"])).lower() != default["type"].lower():
+    kind = given.get("type", default["type"])
+    if not isinstance(kind, str) or kind.lower() != default["type"].lower():
         return given
     return default | given | {"params": default["params"] | given.get("params", {})}
 
@@ -127,7 +128,10 @@ def _named(part: str, given: dict[str, Any], known: dict[str, Any], where: str) 
     check_keys(f"{part} {kind}", given.get("params", {}), known[kind], where)
     if given.get("params", {}).get("nesterov") and not given["params"].get("momentum"):
         raise ValueError(f"{where}optimizer {kind} nesterov needs a momentum: 0.9, say")
-    return given | {"type": kind}
+    named = given | {"type": kind}
+    if "betas" in given.get("params", {}):  # torch takes no whole numbers
+        named["params"] = given["params"] | {"betas": [float(beta) for beta in given["params"]["betas"]]}
+    return named
 
 
 def dtype_of(config: dict[str, Any]) -> str:

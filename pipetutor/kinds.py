@@ -12,35 +12,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LARGEST = 2**63  # whole numbers are below it, as torch's are
+LARGEST = 10**15  # numbers are below it: what is made of them stays a number in 32 bits
 # A path or a name with one of these would break a line, a command or a file's name.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be, in words with an example, and as a test."""
+    """What a value may be, in words, as a test, and by an example."""
 
     words: str
     fits: Callable[[Any], bool]
+    example: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.words}: {self.example}, say" if self.example else self.words
 
 
-def _is_number(value: Any, least: float = 0.0) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and least <= value <= 1e300
+def _is_number(value: Any, least: float = 0) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and least <= value < LARGEST
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != "" and not _CONTROL.search(value)
 
 
-def whole(least: int, most: int = LARGEST - 1, example: int | None = None) -> Kind:
+def whole(least: int, most: int = LARGEST - 1, example: int = 2) -> Kind:
     """Return the kind of whole numbers from ``least`` to ``most``."""
-    bound = "" if most == LARGEST - 1 else f" and at most {most}"
-    example = max(least, 2) if example is None else example
     return Kind(
-        f"a whole number of at least {least}{bound}: {example}, say",
+        f"a whole number of at least {least}" + ("" if most == LARGEST - 1 else f" and at most {most}"),
         lambda value: not isinstance(value, bool) and isinstance(value, int) and least <= value <= most,
+        str(example),
     )
+
+
+def named(names: Iterable[str]) -> Kind:
+    """Return the kind of these names."""
+    known = list(names)
+    return Kind(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known, repr(known[0]))
 
 
 def list_of(kind: Kind) -> Kind:
@@ -48,35 +57,28 @@ def list_of(kind: Kind) -> Kind:
     return Kind(
         f"a list, each item {kind.words}",
         lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(kind.fits, value)),
+        f"[{kind.example}]",
     )
 
 
-def named(names: Iterable[str]) -> Kind:
-    """Return the kind of these names."""
-    known = list(names)
-    return Kind(
-        f"one of {', '.join(known)}: {known[0]!r}, say", lambda value: isinstance(value, str) and value in known
-    )
+def _two_shares(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(KINDS["share"].fits, value))
 
 
-_SHARE = Kind("a number from 0 and below 1: 0, say", lambda value: _is_number(value) and value < 1)
 KINDS = {
     "switch": Kind("True or False", lambda value: isinstance(value, bool)),
     "whole": whole(0),
     "count": whole(1),
-    "seed": whole(0, 2**32 - 1, 1138),
-    "number": Kind("a number of at least 0: 0.001, say", _is_number),
-    "above 0": Kind("a number above 0: 1, say", lambda value: _is_number(value) and value > 0),
-    "signed": Kind("a number: 0.1, say", lambda value: _is_number(value, -1e300)),
-    "share": _SHARE,
-    "shares": Kind(
-        "two numbers from 0 and below 1: [0.9, 0.999], say",
-        lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_SHARE.fits, value)),
-    ),
     "counts": list_of(whole(1)),
+    "seed": whole(0, 2**32 - 1, 1138),
+    "number": Kind("a number of at least 0", _is_number, "0.001"),
+    "above 0": Kind("a number above 0", lambda value: _is_number(value) and value > 0, "1"),
+    "signed": Kind("a number", lambda value: _is_number(value, -LARGEST), "0.1"),
+    "share": Kind("a number from 0 and below 1", lambda value: _is_number(value) and value < 1, "0"),
+    "shares": Kind("two numbers from 0 and below 1", _two_shares, "[0.9, 0.999]"),
     "text": Kind("a string in one line", _is_text),
-    "texts": list_of(Kind("a string in one line", _is_text)),
-    "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value))),
+    "texts": list_of(Kind("a string in one line", _is_text, "'torch.nn.Linear'")),
+    "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value)), "'runs'"),
     "object": Kind("an object", lambda value: isinstance(value, dict)),
 }
 
@@ -95,7 +97,7 @@ def closest(value: Any, known: list[str], cutoff: float) -> str:
     return next(iter(difflib.get_close_matches(str(shown(value)).strip("'"), known, n=1, cutoff=cutoff)), "")
 
 
-def one_of(name: str, value: Any, known: list[Any], where: str = "") -> None:
+def _one_of(name: str, value: Any, known: list[Any], where: str = "") -> None:
     """Raise ValueError unless ``value`` is one of these values; the message has the one that is most like it."""
     if any(type(value) is type(one) and value == one for one in known):
         return
@@ -121,7 +123,7 @@ def check(name: str, value: Any, kind: Any, where: str = "", example: str = "") 
     ValueError: steps is 0, but must be a whole number of at least 1: 2, say
     """
     if isinstance(kind, list | tuple):
-        return one_of(name, value, list(kind), where)
+        return _one_of(name, value, list(kind), where)
     keys = kind if isinstance(kind, Mapping) else None
     if isinstance(kind, str):
         kind = kind.removesuffix("!")
@@ -130,11 +132,11 @@ def check(name: str, value: Any, kind: Any, where: str = "", example: str = "") 
         kind = KINDS[kind.removesuffix("?")]
     if keys is not None:
         kind = KINDS["object"]
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        raise ValueError(f"{where}{name} is {shown(value)}, but must be a number below 2**63")
     if not kind.fits(value):
+        if isinstance(value, int | float) and value >= LARGEST:
+            kind = Kind(f"{kind.words}, and below {LARGEST:.0e}", kind.fits, kind.example)
         hint = f", as in {example}" if example else ""
-        raise ValueError(f"{where}{name} is {shown(value)}, but must be {kind.words}{hint}")
+        raise ValueError(f"{where}{name} is {shown(value)}, but must be {kind}{hint}")
     return check_keys(name, value, keys, where) if keys is not None else None
 
 
@@ -148,4 +150,4 @@ def check_keys(name: str, found: dict[Any, Any], keys: Mapping[str, Any], where:
         check(f"{name} {key}", value, keys[key], where)
     for key, kind in keys.items():
         if str(kind).endswith("!") and key not in found:
-            raise ValueError(f"{where}{name} needs {key}: {KINDS[kind.removesuffix('!')].words}")
+            raise ValueError(f"{where}{name} needs {key}: {KINDS[kind.removesuffix('!')]}")

@@ -13,7 +13,7 @@ from pipetutor.batch import Batch, batch_arithmetic
 from pipetutor.bubble import idle_share
 from pipetutor.config import OBJECTS, dtype_of, half_precision
 from pipetutor.faults import Fault
-from pipetutor.kinds import KINDS, Kind, check, one_of
+from pipetutor.kinds import KINDS, Kind, check
 from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
 from pipetutor.schedules import SCHEDULES
 
@@ -151,7 +151,7 @@ def preflight(
     given = locals()
     for name, kind in OPTIONS.items():
         check(name, given[name], kind)
-    one_of("model", model, sorted(catalog()))
+    check("model", model, sorted(catalog()))
     layers = catalog()[model]
     if chunks > 1 and schedule != "interleaved_1f1b":
         raise ValueError(

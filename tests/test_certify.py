@@ -52,8 +52,6 @@ def test_a_certificate_without_a_pipeline_does_not_pass(tmp_path):
     control = found(CONTROL, gradient={"relative": 3.0, "factor": 4.0})
     assert Certificate([found(), control], [], tmp_path).passed
     assert not Certificate([control], [], tmp_path).passed
-    with pytest.raises(ValueError, match="unknown model ''"):
-        certify([])
 
 
 def test_rounding_is_no_difference():
@@ -185,8 +183,11 @@ def test_a_rank_that_fails_is_a_row_that_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--models", "resnet18"], "unknown model 'resnet18': the certificate compares alexnet and vgg"),
-        (["--stages", "0,1"], "stages is [0, 1], but must be whole numbers from 1 to 4"),
+        (["--models", "resnet18"], "models is ['resnet18'], but must be a list, each item one of alexnet, vgg"),
+        (
+            ["--stages", "0,1"],
+            "stages is [0, 1], but must be a list, each item a whole number of at least 1 and at most 4",
+        ),
     ],
 )
 def test_the_command_refuses_bad_input_with_status_2(arguments, words, tmp_path):

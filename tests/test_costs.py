@@ -182,7 +182,7 @@ def test_layers_add_up_to_stages():
     [
         ([0, 2, 5], None, "partition 0,2,5 must start at 0, rise, and end at 4"),
         ([0, 1, 2, 4], None, "partition 0,1,2,4 gives stage 1 the layers 1 to 1, none of which has weights"),
-        ([0, 2, 4], 0, "micro_batches is 0, but must be a whole number of at least 1: 8, say"),
+        ([0, 2, 4], 0, "micro_batches is 0, but must be a whole number of at least 1: 2, say"),
     ],
 )
 def test_bounds_that_do_not_fit_are_refused(bounds, micro_batches, words):

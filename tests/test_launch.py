@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import HANGS, SMALL, SMALL_SGD, processes_of
+from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train
 
 from pipetutor import Run, RunFailed, launch, records
 from pipetutor.launch import free_port
@@ -238,6 +238,16 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs):
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_a_run_directory_that_cannot_be_written_is_a_clear_error(runs):
+    (runs.parent / "file").write_text("in the way")
+    with pytest.raises(RankFailed) as caught:
+        train(runs.parent, "--run-dir", "file/here")
+    said = [line for line in str(caught.value).splitlines() if line.startswith("pipetutor:")]
+    assert said == [
+        "pipetutor: cannot write --run-dir file/here: Not a directory; give another directory, or free the disk"
+    ]
+
+
 @pytest.mark.parametrize("stages, train_batch", [(2, 256), (0, 32)])
 def test_the_references_command_lines_work(runs, stages, train_batch):
     """`deepspeed train.py --deepspeed_config=ds_config.json -p 2 --steps=200`, here for one step."""
@@ -286,7 +296,7 @@ def test_the_bar_saves_few_lines_where_nobody_watches(runs, capfd):
     (directory / "logs").mkdir()
     write = "import sys; [print('{}', file=open(sys.argv[1], 'a')) for _ in range(60)]"
     command = [sys.executable, "-c", write, str(directory / "lines.jsonl")]
-    report = watch(command, directory, 0, 30, directory / "lines.jsonl", 60, "lines", lambda line: "a line")
+    report = watch(command, directory, 0, 300, directory / "lines.jsonl", 60, "lines", lambda line: "a line")
     errors = capfd.readouterr().err
     assert report["code"] == 0 and "60/60 lines" in errors and "a line" in errors
     assert len(re.findall("[\r\n]", errors)) < 30
@@ -311,7 +321,7 @@ def test_a_launcher_is_not_waited_for_once_its_ranks_have_ended_well(runs, tmp_p
         subprocess.run(["sleep", "100"])
     """
     command = [sys.executable, "-c", textwrap.dedent(launcher), str(tmp_path / "pid")]
-    report = watch(command, directory, 2, 30, directory / "lines.jsonl", 1, "lines", str)
+    report = watch(command, directory, 2, 300, directory / "lines.jsonl", 1, "lines", str)
     assert report["code"] == 0 and [end["code"] for end in report["ended"]] == [0, 0]
     assert records.read(directory)["status"] == "finished"
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
