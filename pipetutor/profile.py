@@ -27,6 +27,8 @@ from pipetutor.preflight import Plan
 
 STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two moments
 DTYPE = "float32"
+# What keeps torch, oneDNN and MKL from instructions that the CPU has.
+INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
 
 
 def cached(model: str, micro_batch: int, ranks: int, dropout: float | None = None) -> Path:
@@ -55,6 +57,7 @@ def _key(model: str, micro_batch: int, ranks: int, dropout: float | None) -> dic
         "linear gradients": "in place",
         "torch": machine.versions()["torch"],
         "cpu": machine.cpu_name(),
+        "instructions": {name: os.environ.get(name) for name in INSTRUCTIONS},
         "cores": machine.cpu_cores(),
     }
 
