@@ -102,8 +102,10 @@ def train(
         for process in processes:
             process.start()
         running, end = {process.sentinel for process in processes}, time.monotonic() + seconds
-        while running and time.monotonic() < end and not any(process.exitcode for process in processes):
+        while running and time.monotonic() < end:
             running -= set(connection.wait(list(running), end - time.monotonic()))
+            if any(process.exitcode for process in processes):  # the others see that soon, or hang
+                end = min(end, time.monotonic() + 60)
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
