@@ -90,13 +90,15 @@ def _rank(
 
 
 def _codes(processes: list[Any], seconds: float) -> list[int | None]:
-    """Run ranks until all have ended, one has failed or the time is over; return their exit codes, and leave none."""
+    """Run ranks until all have ended or the time is over; return their exit codes, and leave none."""
     try:
         for process in processes:
             process.start()
         running, end = {process.sentinel for process in processes}, time.monotonic() + seconds
-        while running and time.monotonic() < end and not any(process.exitcode for process in processes):
+        while running and time.monotonic() < end:
             running -= set(connection.wait(list(running), end - time.monotonic()))
+            if any(process.exitcode for process in processes):  # the others see that soon, or hang
+                end = min(end, time.monotonic() + 60)
         return [process.exitcode for process in processes]
     finally:
         for process in processes:
