@@ -5,7 +5,7 @@ READY := $(VENV)/.pipetutor-ready
 # Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 05_schedules"
 NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
-NUMBERS := accumulate certify checkpoint data evaluate memory torch_engine train
+NUMBERS := accumulate certify checkpoint data dropout evaluate memory recompute torch_engine train
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

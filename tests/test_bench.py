@@ -270,7 +270,6 @@ def test_an_interrupt_leaves_nothing_running(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_rival_and_more(runs):
     found = bench(**TINY, more=True, runs_dir=runs)
     assert not found.wrong and len(found.summary) == len(contest.RIVALS), str(found)

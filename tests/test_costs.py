@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import processes_of
+from conftest import HANGS, processes_of
 from test_launch import wait_until
 from torch import nn
 
@@ -268,5 +268,5 @@ def test_the_kernel_loads_no_torch():
 
 def test_the_command_refuses_bad_input_with_status_2(tmp_path):
     command = [sys.executable, "-m", "pipetutor.costs", "--model", "resnet18"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 2 and "unknown model 'resnet18'" in done.stderr and not list(tmp_path.iterdir())

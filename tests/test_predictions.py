@@ -77,7 +77,6 @@ def test_four_stages_within_10_percent(runs):
 
 
 @pytest.mark.slow  # what else the machine does between two measurements counts in full
-@pytest.mark.timeout(300)
 def test_two_stages_of_alexnet(runs):
     """DeepSpeed's 1F1B and torch's GPipe, from the costs of layers that were measured by themselves.
 
