@@ -6,26 +6,45 @@ import json
 import pytest
 from conftest import FAST_SGD, SMALL_SGD, TWICE_AS_FAST, RankFailed, equal_but_for_rounding, train
 
+QUIET = ["-s", 3, "--dropout", 0]
 
-def test_every_topology_computes_what_one_process_computes(runs):
-    """Dropout off, fp32, SGD, one thread: 1 to 4 stages have the same losses to the last bit.
 
-    The baseline adds gradients up elsewhere, and replicas in another order; the mistake beside them is a gradient
-    that is summed over two micro-batches or replicas, not averaged.
-    """
-    quiet = ["-s", 4, "--dropout", 0]
-    base = train(runs / "base", *quiet, stages=0, config=FAST_SGD)
-    summed = train(runs / "summed", *quiet, stages=0, config=TWICE_AS_FAST)
-    assert len(base.losses) == 4 and base.parts == [] and base.status == "finished"
-    pipelines = [train(runs / str(stages), *quiet, stages=stages, config=FAST_SGD) for stages in (1, 2, 3, 4)]
-    for stages, run in enumerate(pipelines, 1):
-        assert run.losses == pipelines[0].losses, stages
-        assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
-    equal_but_for_rounding(pipelines[0].losses, base.losses, summed.losses)
-    common = dict(stages=2, replicas=2, config=FAST_SGD)
-    replicas = train(runs / "replicas", *quiet, "--partition", "0,16,22", **common)
-    assert (replicas.micro_batches, replicas.parts) == (1, [0, 16, 22])
-    equal_but_for_rounding(replicas.losses, base.losses, summed.losses)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The baseline, right and with a mistake: gradients summed over two micro-batches or replicas, not averaged."""
+    directory = tmp_path_factory.mktemp("base")
+    return [
+        train(directory / name, *QUIET, stages=0, config=config)
+        for name, config in {"right": FAST_SGD, "summed": TWICE_AS_FAST}.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_stage(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"), *QUIET, stages=1, config=FAST_SGD)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_any_number_of_stages_computes_the_same_to_the_last_bit(stages, runs, one_stage):
+    """Dropout off, fp32, SGD, one thread a rank."""
+    run = train(runs, *QUIET, stages=stages, config=FAST_SGD)
+    assert run.losses == one_stage.losses and len(run.losses) == 3
+    assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
+
+
+def test_a_pipeline_computes_what_the_baseline_computes(base, one_stage):
+    """But for rounding: the baseline adds gradients up elsewhere."""
+    right, summed = base
+    assert right.parts == [] and right.status == "finished"
+    equal_but_for_rounding(one_stage.losses, right.losses, summed.losses)
+
+
+def test_replicas_read_the_images_of_one_process(base, runs):
+    """But for rounding: replicas add gradients up in another order."""
+    right, summed = base
+    run = train(runs, *QUIET, "--partition", "0,16,22", stages=2, replicas=2, config=FAST_SGD)
+    assert (run.micro_batches, run.parts) == (1, [0, 16, 22])
+    equal_but_for_rounding(run.losses, right.losses, summed.losses)
 
 
 SIZE = 25
