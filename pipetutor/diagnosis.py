@@ -49,7 +49,8 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
 
 def _complains(failure: dict[str, Any] | None) -> bool:
     """Say whether a rank raised because another one was gone; it may say so before that one's end is noticed."""
-    return failure is not None and re.search(r"[Cc]onnection (reset|closed) by", failure["error"]) is not None
+    words = r"connection (was likely )?(reset|closed)|broken pipe|time(d )?out|remote process exit"
+    return failure is not None and re.search(words, failure["error"], re.IGNORECASE) is not None
 
 
 def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
@@ -79,4 +80,4 @@ def _list(ranks: list[int]) -> str:
 
 def _doing(beats: list[Beat]) -> list[str]:
     now = time.time()
-    return [f"    rank {beat.rank}: {beat}, since {now - beat.since:.0f} s" for beat in beats]
+    return [f"    rank {beat.rank}: {beat}, for {now - beat.since:.0f} s" for beat in beats]

@@ -31,7 +31,7 @@ def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> 
         images, labels = (part[:end] for part in next(batches))
         if len(images) != micro_batch:
             raise ValueError(
-                f"ragged micro-batch: {len(images)} images, and every other one has {micro_batch}. A pipeline agrees "
+                f"ragged micro-batch: it has {len(images)} of {micro_batch} images. A pipeline agrees "
                 "on the shape of its activations once, so what is left at the end of a pass must be dropped"
             )
         return [images, labels]
