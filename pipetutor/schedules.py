@@ -117,7 +117,8 @@ def _alternate(count: int, warm_up: int) -> Iterator[tuple[bool, int]]:
 def one_f_one_b(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
     """One forward, one backward (Narayanan et al., arXiv:2006.09503, 2104.04473); as ``naive`` otherwise.
 
-    A backward pass runs as soon as its gradient can be there, so rank r keeps at most P - r micro-batches.
+    Rank r sends P - r micro-batches ahead, then waits for the first gradient. It could send more, but that would not
+    shorten the step, only fill memory.
 
         F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
         .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .
