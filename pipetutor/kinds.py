@@ -81,7 +81,7 @@ KINDS = {
     "texts": list_of(Kind("a string in one line", _is_text, "'torch.nn.Linear'")),
     "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value)), "'runs'"),
     "object": Kind("an object", lambda value: isinstance(value, dict)),
-    "unused": Kind("left out: no run here goes by it", lambda _: False),
+    "unused": Kind("left out: runs here do without it", lambda _: False),
     "an option": Kind("left out: stages and partition are options of a run (-p, --partition)", lambda _: False),
 }
 
