@@ -268,7 +268,7 @@ WRONG = [
     (read, {"pipeline": {"seed_layer": True}}, ["pipeline has no key 'seed_layer'", "'seed_layers'"]),
     (read, {"pipeline": {"stages": "4"}}, ["pipeline stages is '4'", "must be left out", "-p, --partition"]),
     (read, {"pipeline": {"partition": "nonsense"}}, ["pipeline partition is 'nonsense'", "must be left out"]),
-    (read, {"pipeline": {"seed_layers": True}}, ["pipeline seed_layers is True", "left out: runs here do without it"]),
+    (read, {"pipeline": {"seed_layers": True}}, ["seed_layers is True", "left out: runs here do without it"]),
     (read, {"zero_optimization": {"leaf_module": {}}}, ["zero_optimization leaf_module", "left out"]),
     (read, {"zero_optimization": {"offload_optimizer": {"device": "floppy"}}}, ["device 'floppy'", "none, cpu"]),
     *((read, {section: {"enabled": "x"}}, [f"{section} is {{'enabled': 'x'}}", "left out"]) for section in UNUSED),
