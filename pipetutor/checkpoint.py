@@ -48,8 +48,8 @@ def find(path: str | Path) -> Path:
         raise CheckpointError(f"checkpoint {path}: {error.strerror}; give a run or a checkpoint") from None
     if not found:
         raise CheckpointError(
-            f"{path} holds no checkpoint: give a run directory that was saved into (save_every=N), or one of its "
-            "checkpoints/step-…"
+            f"{path} holds no checkpoint: give a run directory that was saved into (save_every=N, --save-every N), "
+            "or one of its checkpoints/step-…"
         )
     return found[-1]
 

@@ -4,11 +4,12 @@
 """
 
 import importlib.resources
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from pipetutor.kinds import check, check_keys, closest, shown
+from pipetutor.kinds import KINDS, Kind, check, check_keys, closest, shown
 
 DTYPES = ("fp32", "bf16")
 OBJECTS = {
@@ -19,6 +20,10 @@ OBJECTS = {
     "bfloat16": '{"enabled": true}',
     "fp16": '{"enabled": true}',
 }
+CONFIG = Kind(
+    "a dict or a path", lambda value: isinstance(value, dict) or KINDS["path"].fits(value), '{"train_batch_size": 64}'
+)
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # that a section needs
 
 
 def read_config(config: str | Path | dict[str, Any] | None, dtype: str | None = None) -> dict[str, Any]:
@@ -40,7 +45,8 @@ def read_config(config: str | Path | dict[str, Any] | None, dtype: str | None = 
             value is of another kind than it must be.
     """
     check("dtype", dtype, [None, *DTYPES])
-    check("config", config, "object" if isinstance(config, dict) else "path?")
+    if config is not None:
+        check("config", config, CONFIG)
     where = "config: " if config is None or isinstance(config, dict) else f"{config}: "
     whole = _default()
     if isinstance(config, dict):
@@ -55,12 +61,7 @@ def read_config(config: str | Path | dict[str, Any] | None, dtype: str | None = 
     for part in ("optimizer", "scheduler"):
         if part in whole:
             whole[part] = _named(part, whole[part], known[part], where)
-    for key, value in whole.items():
-        try:
-            whole[key] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError, RecursionError):
-            words = "which JSON cannot hold: use plain numbers and text"
-            raise ValueError(f"{where}{key} is {shown(value)}, {words}") from None
+    whole = json.loads(json.dumps(whole, allow_nan=False))
     if "bfloat16" in whole:
         if "bf16" in whole:
             raise ValueError(f"{where}bfloat16 is another name of bf16, and both are given: leave bfloat16 out")
@@ -72,6 +73,12 @@ def read_config(config: str | Path | dict[str, Any] | None, dtype: str | None = 
     both = [name for name in ("bf16", "fp16", "torch_autocast") if whole.get(name, {}).get("enabled")]
     if len(both) > 1:
         raise ValueError(f"{where}{both[0]} and {both[1]} are both enabled: a run computes in one of them")
+    _check_numbers(whole, where)
+    for section, package in PACKAGES.items():
+        if whole.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{where}{section} is enabled, and needs a package: pip install {package}, or leave it out"
+            )
     return whole
 
 
@@ -96,7 +103,7 @@ def _over(default: dict[str, Any], given: Any) -> Any:
 def _read(config: str | Path) -> dict[str, Any]:
     """Read a config file."""
     try:
-        found = json.loads(Path(config).read_text(encoding="utf-8"))
+        found = json.loads(Path(config).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except OSError as error:
         raise ValueError(f"config file {config}: {error.strerror}; give the path of a DeepSpeed JSON") from None
     except UnicodeDecodeError:
@@ -110,6 +117,14 @@ def _read(config: str | Path) -> dict[str, Any]:
     return found
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, and raise ValueError where a key is in it twice: the last one alone would count."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{shown(twice[0])} is there twice")
+    return dict(pairs)
+
+
 def _check(found: dict[Any, Any], known: dict[str, dict[str, Any]], where: str) -> None:
     """Refuse keys that DeepSpeed does not have, and values of another kind."""
     for key, value in found.items():
@@ -120,6 +135,16 @@ def _check(found: dict[Any, Any], known: dict[str, dict[str, Any]], where: str) 
         check(key, value, known["keys"][key], where, OBJECTS.get(key, ""))
 
 
+def _check_numbers(whole: dict[str, Any], where: str) -> None:
+    """Refuse number formats that DeepSpeed does not combine; ZeRO alone adds gradients up in another one."""
+    dtype, types = dtype_of(whole), dict(whole.get("data_types", {}))
+    if whole.get("zero_optimization", {}).get("stage"):
+        types.pop("grad_accum_dtype", None)
+    for key, value in types.items():
+        if value not in (None, dtype):
+            raise ValueError(f"{where}data_types {key} is {value!r}, and the run computes in {dtype}: leave it out")
+
+
 def _named(part: str, given: dict[str, Any], known: dict[str, Any], where: str) -> dict[str, Any]:
     """Return an optimizer or a scheduler under its own name, having checked its params."""
     names = {name.lower(): name for name in known}
@@ -128,6 +153,8 @@ def _named(part: str, given: dict[str, Any], known: dict[str, Any], where: str) 
     check_keys(f"{part} {kind}", given.get("params", {}), known[kind], where)
     if given.get("params", {}).get("nesterov") and not given["params"].get("momentum"):
         raise ValueError(f"{where}optimizer {kind} nesterov needs a momentum: 0.9, say")
+    if given.get("params", {}).get("nesterov") and given["params"].get("dampening"):
+        raise ValueError(f"{where}optimizer {kind} nesterov goes without dampening: leave one of them out")
     named = given | {"type": kind}
     if "betas" in given.get("params", {}):  # torch takes no whole numbers
         named["params"] = given["params"] | {"betas": [float(beta) for beta in given["params"]["betas"]]}

@@ -49,11 +49,14 @@ class Fault:
         if kind not in KINDS:
             raise ValueError(f"unknown fault {kind!r}: there is {', '.join(KINDS)}, for example {EXAMPLE}")
         try:
-            given = dict(part.split("=") for part in rest.split(","))
+            parts = [part.split("=") for part in rest.split(",")]
+            given = dict(parts)
             rank, step = int(given.pop("rank")), int(given.pop("step"))
             seconds = float(given.pop("seconds", "1")) if kind == "slow" else 1.0
         except (ValueError, KeyError):
             raise ValueError(f"fault {text!r} needs a rank and a step, in numbers, for example {EXAMPLE}") from None
+        if len({name for name, _ in parts}) < len(parts):
+            raise ValueError(f"fault {text!r} says something twice; an example is {EXAMPLE}")
         if given:
             raise ValueError(f"fault {text!r}: {', '.join(given)} is not for {kind}; an example is {EXAMPLE}")
         if not 0 <= seconds <= LONGEST:

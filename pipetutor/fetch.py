@@ -142,9 +142,10 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
     except DataError:
         raise
     except OSError as error:
+        advice = "" if isinstance(error, FileExistsError | NotADirectoryError) else "free the disk, or "
         raise DataError(
-            f"cannot write the {dataset} data to {data_dir}: {error.strerror or error}; free the disk, or give "
-            "another data directory (--data-dir)"
+            f"cannot write the {dataset} data to {data_dir}: {error.strerror or error}; {advice}give another data "
+            "directory (--data-dir)"
         ) from None
 
 

@@ -73,6 +73,7 @@ KINDS = {
     "seed": whole(0, 2**32 - 1, 1138),
     "number": Kind("a number of at least 0", _is_number, "0.001"),
     "above 0": Kind("a number above 0", lambda value: _is_number(value) and value > 0, "1"),
+    "norm": Kind("a number of at least 0", _is_number, "1.0"),
     "signed": Kind("a number", lambda value: _is_number(value, -LARGEST), "0.1"),
     "share": Kind("a number from 0 and below 1", lambda value: _is_number(value) and value < 1, "0"),
     "shares": Kind("two numbers from 0 and below 1", _two_shares, "[0.9, 0.999]"),
@@ -80,6 +81,8 @@ KINDS = {
     "texts": list_of(Kind("a string in one line", _is_text, "'torch.nn.Linear'")),
     "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value)), "'runs'"),
     "object": Kind("an object", lambda value: isinstance(value, dict)),
+    "unused": Kind("left out: runs here do without it", lambda _: False),
+    "an option": Kind("left out: stages and partition are options of a run (-p, --partition)", lambda _: False),
 }
 
 
@@ -102,10 +105,11 @@ def _one_of(name: str, value: Any, known: list[Any], where: str = "") -> None:
     if any(type(value) is type(one) and value == one for one in known):
         return
     names = [str(one) for one in known if one is not None]
-    listed = ", ".join(names) if len(names) < 16 else f"one of {len(names)}, from {names[0]} to {names[-1]}"
+    few = len(names) < 16
+    listed = f"there is {', '.join(names)}" if few else f"{len(names)} are known, from {names[0]} to {names[-1]}"
     close = closest(value, names, 0.4) or names[0]
     close = repr(close) if isinstance(known[-1], str) else close
-    raise ValueError(f"{where}unknown {name} {shown(value)}: try {close} (there is {listed})")
+    raise ValueError(f"{where}unknown {name} {shown(value)}: try {close} ({listed})")
 
 
 def check(name: str, value: Any, kind: Any, where: str = "", example: str = "") -> None:

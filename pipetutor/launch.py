@@ -5,6 +5,7 @@ import shlex
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ from pipetutor import fetch, machine, records
 from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
-from pipetutor.kinds import check
+from pipetutor.kinds import KINDS, check
 from pipetutor.partition import PROFILE
 from pipetutor.preflight import preflight
 from pipetutor.records import Run
 from pipetutor.watch import RunFailed, watch
 
 # Options of a launch alone, and their kinds, beside those of preflight.OPTIONS.
-OPTIONS = {"replicas": "count", "trace": "switch", "deadline": "above 0", "data_dir": "path", "runs_dir": "path"}
+OPTIONS = {
+    "replicas": "count",
+    "trace": "switch",
+    "deadline": replace(KINDS["above 0"], example="300"),
+    "data_dir": "path",
+    "runs_dir": "path",
+}
 
 
 def free_port() -> int:

@@ -162,7 +162,7 @@ def _explicit(partition: str, count: int, stages: int) -> list[int]:
     example = ",".join(map(str, uniform(count, stages)))
     if len(bounds) != stages + 1:
         raise ValueError(
-            f"partition {partition} has {len(bounds)} bounds, but {stages} stages need {stages + 1}, "
+            f"partition {partition}: {stages} stages need {stages + 1} bounds, not {len(bounds)}, "
             f"for example {example}"
         )
     rises = all(low < high for low, high in itertools.pairwise(bounds))
@@ -210,7 +210,7 @@ def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int
         bounds = balanced(weights, stages)
     elif partition == "uniform":
         bounds = uniform(len(layers), stages)
-    elif partition.startswith("type:"):
+    elif partition.startswith("type:") and partition != "type:":
         try:
             pattern = re.compile(partition.removeprefix("type:"), re.IGNORECASE)
         except (re.error, OverflowError, RecursionError) as error:

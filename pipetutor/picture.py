@@ -34,6 +34,11 @@ class Picture(Figure):
         return content.getvalue()
 
 
+def brief(value: float) -> str:
+    """Return a number in four digits, or a large one in whole: not as a power of ten."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def plain(axes: Axes) -> None:
     """Take away the frame's upper and right line, which mean nothing."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipetutor.costs import LayerCosts
 from pipetutor.partition import catalog
-from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, plain
+from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, brief, plain
 from pipetutor.records import Run
 
 
@@ -122,10 +122,10 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     both = [f + b for f, b in zip(forward, backward, strict=True)]
     top = 1.25 * max(both)
     slowest = costs.layers[both.index(max(both))].kind
-    words = [f"slowest is {slowest} {both.index(max(both))}, with {max(both):.4g} of {sum(both):.4g} ms"]
+    words = [f"slowest is {slowest} {both.index(max(both))}, with {brief(max(both))} of {brief(sum(both))} ms"]
     for stage, (low, high) in enumerate(pairwise(bounds)):
         total = sum(both[low:high])
-        words.append(f"stage {stage} takes {total:.4g} ms")
+        words.append(f"stage {stage} takes {brief(total)} ms")
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.picture import COLOURS, STYLES, Picture, plain
+from pipetutor.picture import COLOURS, STYLES, Picture, brief, plain
 from pipetutor.rules import LETTERS
 from pipetutor.timeline import CATEGORIES, COLUMNS, KINDS, Timeline
 from pipetutor.trace import Step
@@ -77,7 +77,7 @@ def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
         for rank in range(timeline.ranks):
             _row(axes, timeline, rank, scale, longest, used)
         axes.axvline(timeline.seconds * scale, color="black", linewidth=1)
-        axes.set_title(f"{title}: {timeline.seconds * scale:.4g} {unit}", loc="left", fontsize=10)
+        axes.set_title(f"{title}: {brief(timeline.seconds * scale)} {unit}", loc="left", fontsize=10)
         axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)], fontsize=9)
         axes.set_ylim(timeline.ranks - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
@@ -89,7 +89,7 @@ def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
     for title, timeline in rows.items():
         waits = [account["waiting"] / timeline.seconds for account in timeline.accounting()]
         span = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(waits), max(waits))))
-        words.append(f"{title}: {timeline.seconds * scale:.4g} {unit}, of which a rank waits {span}")
+        words.append(f"{title}: {brief(timeline.seconds * scale)} {unit}, of which a rank waits {span}")
     figure.description = f"What each rank does when. {'; '.join(words)}."
     return figure
 
@@ -208,7 +208,7 @@ def memory(rows: Mapping[str, Step]) -> Figure:
             times = np.concatenate([[0.0], (spans["end"] - step.timeline.begin) * 1e3])
             more = np.concatenate([[0.0], (spans["memory"] - before) / 1e6])
             colour, style = COLOURS[rank % len(COLOURS)], STYLES[rank % len(STYLES)]
-            words.append(f"{title}, rank {rank}: {more.max():.4g} MB")
+            words.append(f"{title}, rank {rank}: {brief(more.max())} MB")
             axes.step(times, more, style, where="post", color=colour, label=f"rank {rank}")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("milliseconds")
@@ -236,8 +236,8 @@ def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[
         )
         found = measured.get(name, {})
         megabytes = [v / 1e6 for v in found.values()]
-        pairs = [f"{line[m] / 1e6:.4g} MB with M = {m}" for m in (min(line), max(line))]
-        seen = [f"{value:.4g} with {m}" for m, value in zip(found, megabytes, strict=True)]
+        pairs = [f"{brief(line[m] / 1e6)} MB with M = {m}" for m in (min(line), max(line))]
+        seen = [f"{brief(value)} with {m}" for m, value in zip(found, megabytes, strict=True)]
         words.append(f"{name}, predicted {' to '.join(pairs)}, measured {', '.join(seen) or 'not at all'}")
         axes.scatter(list(found), megabytes, color=colour, marker="os^D"[index % 4], label=f"{name}, measured")
     axes.set_xlabel("micro-batches M")

@@ -17,7 +17,7 @@ from pipetutor.kinds import KINDS, Kind, check
 from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
 from pipetutor.schedules import SCHEDULES
 
-DATASET_SIZES = {"cifar10": 50_000, "synthetic": 2_000}
+DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")
 ENGINES = ("deepspeed", "torch")
 TRANSFORMS = ("batched", "pil")
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {  # of every run, and their kinds; see pipetutor.kind
     "ranks": "count",
     "stages": "whole",
     "steps": "count",
-    "dataset": sorted(DATASET_SIZES),
+    "dataset": tuple(DATASET_SIZES),
     "partition": Kind(f"a string: {METHODS}", KINDS["text"].fits),
     "backend": (None, *BACKENDS),
     "dropout": "share?",

@@ -27,7 +27,7 @@ from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.engine import data_parallel, pipeline, release_inputs, say
 from pipetutor.fetch import DATA_DIR, DataError
 from pipetutor.heartbeat import Heartbeat
-from pipetutor.kinds import check
+from pipetutor.kinds import check, whole
 from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
@@ -43,6 +43,14 @@ from pipetutor.weights import load_weights
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
 
 
+def _path(text: str) -> Path:
+    try:
+        check("it", text, "path")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; the flags and defaults of the reference, and ours on top.
 
@@ -52,7 +60,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: a flag is unknown, or its value has the wrong type.
     """
-    parser = Parser(prog="pipetutor.train", description="AlexNet on CIFAR-10, in a pipeline")
+    parser = Parser(
+        prog="pipetutor.train", description="train AlexNet, or another model of torchvision, in a pipeline"
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("-s", "--steps", type=int, default=100, help="train batches to run (default 100)")
     parser.add_argument(
@@ -69,11 +79,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="alexnet", help="a torchvision model that join_layers can flatten")
     parser.add_argument("--partition", default="parameters", help=METHODS)
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
-    parser.add_argument("--run-dir", type=Path, help="record the run there")
+    parser.add_argument("--run-dir", type=_path, help="record the run there")
     parser.add_argument("--eval-every", type=int, help="evaluate on the test set every N steps and at the end")
     parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
-    parser.add_argument("--resume", type=Path, help="a checkpoint, or a run directory: go on from its newest")
-    parser.add_argument("--weights", type=Path, help="start from this torchvision state_dict")
+    parser.add_argument("--resume", type=_path, help="a checkpoint, or a run directory: go on from its newest")
+    parser.add_argument("--weights", type=_path, help="start from this torchvision state_dict")
     parser.add_argument("--dtype", help=f"{' or '.join(DTYPES)} (default: what the config says, else fp32)")
     parser.add_argument("--transforms", default="batched", help=f"{' or '.join(TRANSFORMS)} (default batched)")
     parser.add_argument("--engine", default="deepspeed", help=f"{' or '.join(ENGINES)} (default deepspeed)")
@@ -93,7 +103,8 @@ def _local_ranks() -> int:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the arguments against this job and this host; see ``preflight``."""
     check("data_dir", args.data_dir, "path")
-    return preflight(
+    check("--master_port", int(os.environ.get("MASTER_PORT", "29500")), whole(1, 65535, 29501))
+    plan = preflight(
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         local_ranks=_local_ranks(),
         stages=args.pipeline_parallel_size,
@@ -117,6 +128,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         chunks=args.chunks,
         recompute=args.recompute,
     )
+    if (
+        args.weights and os.environ.get("RANK", "0") == "0"
+    ):  # the others wait for it to join, and the job ends with it
+        _model(args)
+    return plan
 
 
 def _model(args: argparse.Namespace) -> nn.Module:

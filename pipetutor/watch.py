@@ -102,7 +102,10 @@ def watch(
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError, in one line, where argparse would print its usage and exit."""
+    """Raises ValueError, in one line, where argparse would print its usage and exit; a flag has its whole name."""
+
+    def __init__(self, **about: Any):
+        super().__init__(allow_abbrev=False, **about)
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line."""

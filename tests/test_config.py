@@ -17,6 +17,7 @@ KNOWN = config_module._known()
         (None, ["No such file"]),
         ('{\n"a": 1,,\n}', ["line 2", "not JSON"]),
         ("[1]", ["line 1", "list", "object"]),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', ["'steps_per_print' is there twice"]),
         ('{"train_batchsize": 8}', ["train_batchsize", "did you mean 'train_batch_size'"]),
         (b"\xff\xfe\x00", ["line 1", "not text"]),
     ],

@@ -32,6 +32,14 @@ def test_every_pass_is_a_box_with_its_number():
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_a_slow_step_is_written_out():
+    slow = simulate(build("1f1b", 2, 4), Costs.equal(2, 0.75))
+    figure = plots_timeline.timelines({"theory": slow})
+    assert slow.seconds > 10
+    for words in (figure.axes[0].get_title(loc="left"), figure.description):
+        assert f"theory: {1e3 * slow.seconds:.0f} ms" in words
+
+
 def test_a_narrow_box_has_its_number_alone():
     axes = plots_timeline.timelines({"": theory(ranks=2, micro_batches=14)}).axes[0]
     assert {text.get_text() for text in axes.texts} == {*map(str, range(10)), *(f"B{n}" for n in range(14))}

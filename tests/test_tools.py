@@ -281,7 +281,7 @@ def course_pages(tmp_path):
         notebook = nbformat.read(path, as_version=4)
         notebook.cells[1].outputs = [
             new_output("stream", name="stdout", text="one\n"),
-            new_output("stream", name="stdout", text="two\n"),
+            new_output("stream", name="stdout", text="two --a-flag\n"),
             new_output("display_data", {"image/png": PIXEL}, metadata={"image/png": {"alt": 'Loss "falls" <fast>'}}),
             new_output("display_data", {WIDGET: {"model_id": "m"}, "text/plain": "interactive(children=())"}),
             new_output("display_data", {"application/javascript": "alert(1)"}),
@@ -310,6 +310,7 @@ def test_pages_are_linked_and_need_nothing_from_elsewhere(course_pages, tmp_path
     assert links == ["00_one.html#Recap", "glossary.html#Micro-batch"] and "a file" in two.get_text()
     assert one.find("img")["alt"] == 'Loss "falls" <fast>'
     assert "one\ntwo" in one.find("pre", string=re.compile("one")).get_text(), "one stream, one block"
+    assert [word.get_text() for word in one.select("pre .word")] == ["--a-flag"], "not broken after a hyphen"
     assert "interactive(" not in one.get_text() and "alert(1)" not in str(one)
     assert "return 2 * x" in one.find("details", class_=None).get_text(), "the answer is folded away"
     assert [li.get_text() for li in one.select(".contents li")] == ["Recap", "Recap", "More"]

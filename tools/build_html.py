@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urldefrag
 
 import nbformat
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup, NavigableString, Tag
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
@@ -25,6 +25,7 @@ from pygments.formatters import HtmlFormatter
 import course
 
 TEMPLATE = Path(__file__).parent / "html"
+HYPHENATED = re.compile(r"(\S*-\S+)")
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 LOADING = {  # element -> attributes that make a browser fetch something
     "script": ["src"],
@@ -143,6 +144,12 @@ def _polish(soup: BeautifulSoup) -> None:
             anchor["href"], anchor["aria-label"] = f"#{tag['id']}", "Link to this section"
     for pre in soup.find_all("pre"):
         pre["tabindex"] = "0"  # so that a long line can be scrolled without a mouse
+    for pre in soup.select(".output_subarea pre"):
+        for text in pre.find_all(string=HYPHENATED):  # whose words a browser would break: --flag into -- and flag
+            words = [NavigableString(part) for part in HYPHENATED.split(text)]
+            text.replace_with(*words)
+            for word in words[1::2]:
+                word.wrap(soup.new_tag("span", attrs={"class": "word"}))
     for table in soup.find_all("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "scroll"}))
     sections, title = soup.find_all("h2"), soup.find("h1")
