@@ -175,9 +175,11 @@ def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figur
         axes.tick_params(length=0)
     axes.set_xlabel("time; a box is a micro-batch, a number is an image")
     left = [len(indices) % micro_batch for order in orders for indices in order]
+    few, most = min(left), max(left)
+    unread = str(few) if few == most else f"{few} to {most}"
     figure.description = (
         f"{len(orders)} passes over the data by {len(orders[0])} replicas, in micro-batches of {micro_batch}; "
-        f"each reads {longest} images at most, and {min(left)} to {max(left)} of them fill no micro-batch."
+        f"each reads {longest} images at most; so many fill no micro-batch: {unread}."
     )
     return figure
 
