@@ -174,10 +174,10 @@ def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figur
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
     axes.set_xlabel("time; a box is a micro-batch, a number is an image")
-    left = [len(indices) % micro_batch for order in orders for indices in order]
+    left = sorted({len(indices) % micro_batch for order in orders for indices in order})
     figure.description = (
         f"{len(orders)} passes over the data by {len(orders[0])} replicas, in micro-batches of {micro_batch}; "
-        f"each reads {longest} images at most, and {min(left)} to {max(left)} of them fill no micro-batch."
+        f"each reads {longest} images at most; so many fill no micro-batch: {' or '.join(map(str, left))}."
     )
     return figure
 

@@ -4,6 +4,8 @@
         costs.json   what each layer costs here; see ``pipetutor.costs``
         key.json     what it holds for: model, micro-batch, ranks, threads, versions, machine
 
+Costs that were measured on a busy machine stay as they are until that directory is deleted.
+
 DeepSpeed declares this method and raises NotImplementedError. The cut is ``pipetutor.partition.fastest``: exact, for
 a stage that loads, computes and then waits for each of its messages, as DeepSpeed's do. No torch: with costs in the
 cache a cut takes milliseconds.
@@ -98,7 +100,9 @@ def costs_of(model: str, micro_batch: int, ranks: int, dropout: float | None = N
         with fetch.locked(place.with_name(f".{place.name}.lock")):
             if found := _read(place, model):  # another process measured while this one waited
                 return found
-            print(f"measuring what each layer of {model} costs here, once: {place} will hold it", flush=True)
+            print(
+                f"measuring what each layer of {model} costs here, once; to measure anew, delete {place}", flush=True
+            )
             work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
             try:
                 measured = measure(model, micro_batch, ranks, dropout=dropout, runs_dir=work)

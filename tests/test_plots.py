@@ -54,6 +54,7 @@ def test_passes_cross_out_what_fills_no_micro_batch():
     assert [text.get_text() for text in first.texts] == ["3", "1", "4", "0", "2", "5"]
     cells = [patch for patch in first.patches if patch.get_fill()]
     assert [bool(cell.get_hatch()) for cell in cells] == [False, False, True] * 2
+    assert figure.description.endswith("so many fill no micro-batch: 1.")
 
 
 def test_layers_says_what_each_part_of_the_model_has():
