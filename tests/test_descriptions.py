@@ -68,7 +68,7 @@ FIGURES = {
     ),
     plots.passes: (
         ([[[0, 2, 4], [1, 3]], [[3, 1, 2], [0, 4]]], 2),
-        ["2 passes", "by 2 replicas", "0 to 1 of them fill no"],
+        ["2 passes", "by 2 replicas", "fill no micro-batch: 0 or 1"],
     ),
     plots.layers: ((COSTS, 2), ["Layers 0 to 1 of 3 have 67% of the weights", "67% of the time"]),
     plots.certificate: ((CERTIFIED, 1e-5), ["in 2 pipelines: 2.0e-07", "in 1 that are wrong on purpose: 3.0e+00"]),
