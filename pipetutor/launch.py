@@ -1,6 +1,8 @@
 """What a cell runs: check, start DeepSpeed's launcher, show progress, record, and leave nothing behind."""
 
+import contextlib
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -30,10 +32,16 @@ OPTIONS = {
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago; the system hands out another one each time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that is free on this machine.
+
+    Linux gives ports from 32768 on to connections that go out, those of another run among them, which could take one
+    before the ranks do. So this one lies below, and is drawn at random: two runs that start at once get two.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 29_500)  # 29500 is DeepSpeed's own
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def launch(

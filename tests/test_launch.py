@@ -90,6 +90,11 @@ def test_the_printed_command_does_the_same_work_alone(runs, capsys):
     assert Run.load(run.directory).losses == run.losses
 
 
+def test_a_free_port_is_none_that_another_connection_gets():
+    least = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(free_port() < least for _ in range(20))
+
+
 def test_two_launches_at_once_with_port_29500_taken(runs):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
