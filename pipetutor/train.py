@@ -128,9 +128,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         chunks=args.chunks,
         recompute=args.recompute,
     )
-    if (
-        args.weights and os.environ.get("RANK", "0") == "0"
-    ):  # the others wait for it to join, and the job ends with it
+    # The first rank alone refuses weights: the others wait for it to join, and the job ends with it.
+    if args.weights and os.environ.get("RANK", "0") == "0":
         _model(args)
     return plan
 
