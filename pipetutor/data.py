@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torchvision.transforms as transforms
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.datasets import CIFAR10
 
 from pipetutor.fetch import DATA_DIR, FILES, prepare
+from pipetutor.uncompiled import torchvision
+
+CIFAR10, transforms = torchvision.datasets.CIFAR10, torchvision.transforms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 TRANSFORM = transforms.Compose(

@@ -166,7 +166,9 @@ def _make(dataset: str, data_dir: Path, work: Path) -> None:
 
 def _download(data_dir: Path, work: Path) -> None:
     """Let torchvision fetch and unpack CIFAR-10; an archive that is already in ``work`` is not fetched."""
-    from torchvision.datasets import CIFAR10
+    from pipetutor.uncompiled import torchvision
+
+    CIFAR10 = torchvision.datasets.CIFAR10
 
     files = FILES["cifar10"]
     timeout = socket.getdefaulttimeout()

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-import torchvision
+from pipetutor.uncompiled import torchvision
 from torch import nn
 
 from pipetutor.partition import Layer
