@@ -7,7 +7,6 @@ that computes something else is no rival. Who they are is in ``pipetutor.contest
 ``pipetutor.rivals``. Nothing here loads torch, except to ask whether bf16 is worth a run.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence

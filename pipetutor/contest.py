@@ -8,7 +8,6 @@ launcher starts them. No torch is loaded here.
 """
 
 import json
-import os
 import resource
 import statistics
 import subprocess

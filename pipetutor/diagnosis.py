@@ -21,6 +21,8 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         One line that names the culprit, then what every rank was doing, then the culprit's last words: its
         Python stack where the run stalled, else the end of its log.
     """
+    if report["cancelled"]:
+        return "the supervisor was asked to end, and has ended the run"
     if report["stalled"] is not None:
         return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report)
     beats = {beat.rank: beat for beat in heartbeat.read(directory)}

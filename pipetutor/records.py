@@ -124,7 +124,7 @@ def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def log_path(directory: Path, rank: int) -> Path | None:
+def log_path(directory: Path, rank: int) -> Path:
     """Return the log of one rank; it is there once the rank was started."""
     return directory / "logs" / f"rank{rank}.log"
 

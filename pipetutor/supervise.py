@@ -176,7 +176,7 @@ def supervise(
 
 
 class Attention:
-    """What this process waits for: that a child ends, that its parent gives the run up, or that it is asked to end."""
+    """What this process waits for: that a child ends, that its parent gives the run up, or a signal to end."""
 
     def __init__(self, parent: int):
         self._parent = parent
@@ -206,7 +206,3 @@ def main() -> None:
         kill_descendants()  # whatever it was, no rank stays
         report = {"error": "".join(traceback.format_exception_only(error)).strip()}
     print(json.dumps(report), flush=True)
-
-
-if __name__ == "__main__":
-    main()

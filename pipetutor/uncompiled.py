@@ -24,7 +24,7 @@ class _StandIn(ModuleType):
         vars(self).update(known)
 
     def __getattr__(self, name: str) -> Any:
-        # Whoever looks at all modules asks for names with underscores; whoever imports a part of the package, for its path.
+        # Who looks at all modules asks for names with underscores; who imports a part of the package, for its path.
         if name.startswith("__") and (self.__name__, name) != ("torch._dynamo", "__path__"):
             raise AttributeError(name)
         for other in [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]:

@@ -13,7 +13,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,15 +68,14 @@ def watch(
     """
     __tracebackhide__ = True  # by IPython
     asked = {"processes": [asdict(process) for process in processes], "deadline": deadline}
-    said = tempfile.TemporaryFile()
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "pipetutor.supervise", str(directory), str(os.getpid())],
+        [sys.executable, "-c", "from pipetutor.supervise import main; main()", str(directory), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=said,
+        stderr=subprocess.PIPE,
         start_new_session=True,  # an interrupt of the kernel's group must not reach it
     )
-    assert supervisor.stdin and supervisor.stdout
+    assert supervisor.stdin and supervisor.stdout and supervisor.stderr
     output, interrupted = b"", False
     try:
         _tell(supervisor.stdin, json.dumps(asked))
@@ -101,14 +99,16 @@ def watch(
                 supervisor.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 supervisor.wait(SUPERVISOR_SECONDS)
+            said = supervisor.stderr.read() if supervisor.returncode is not None else b""
             supervisor.stdout.close()
+            supervisor.stderr.close()
     if interrupted and supervisor.returncode == 0:
         raise KeyboardInterrupt(f"{directory.name} is interrupted, and all its processes have ended")
     report = json.loads(output) if output else {}
     if not output or "error" in report:
-        said.seek(0)
-        error = report.get("error") or f"its supervisor is gone{_ended(supervisor.returncode, said.read())}"
-        records.update(directory, status="failed")
+        error = report.get("error") or f"its supervisor is gone{_ended(supervisor.returncode, said)}"
+        with contextlib.suppress(OSError, ValueError):  # the record itself may be what is wrong
+            records.update(directory, status="failed")
         raise RunFailed(f"{directory.name} failed: {error}", directory)
     return report
 
