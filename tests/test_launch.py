@@ -108,7 +108,7 @@ def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
     """Run this code at the start of every process that has a RANK."""
     indented = textwrap.indent(textwrap.dedent(code), "    ")
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
 
 
 def test_without_a_compiler_it_still_trains(runs, monkeypatch):
