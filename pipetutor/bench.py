@@ -7,7 +7,6 @@ that computes something else is no rival. Who they are is in ``pipetutor.contest
 ``pipetutor.rivals``. Nothing here loads torch, except to ask whether bf16 is worth a run.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from pipetutor.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, SEED
 from pipetutor.kinds import check, list_of, named, whole
 from pipetutor.partition import bounds_for, catalog
 from pipetutor.preflight import preflight
-from pipetutor.watch import Parser, RunFailed, ending_with_a_status, watch
+from pipetutor.watch import Parser, ending_with_a_status, run_job
 
 FILE = "bench.json"
 TOLERANCE = 1e-4  # of a loss; rounding makes 1e-6, and gradients that are 4 times too large 2e-3
@@ -254,7 +253,6 @@ def bench(
     fetch.prepare("synthetic", fetch.DATA_DIR)
     cuts = _cuts(micro_batch, GROWING_STAGES if more else (STAGES,))
     directory = records.create(Path(runs_dir), "bench")
-    (directory / "logs").mkdir()
     asked = {
         "rivals": list(rivals),
         "train_batch": train_batch,
@@ -264,14 +262,9 @@ def bench(
         "more": more,
         "cuts": cuts,
     }
-    command = [sys.executable, "-m", "pipetutor.contest", str(directory), json.dumps(asked)]
     total = repetitions * (len(rivals) + (len(MICRO_BATCHES) + len(GROWING_STAGES) + 1) * more)
-    lines = directory / "rows.jsonl"
-    report = watch(command, directory, 0, float("inf"), lines, total, "runs", _brief)
-    if report["code"] != 0:
-        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
-        raise RunFailed(f"the bench ended with status {report['code']}:\n{log[-2000:]}")
-    found = Bench(list(records.read_lines(lines)), directory, left_out)
+    rows = run_job("pipetutor.contest", directory, asked, {}, total, "runs", _brief)
+    found = Bench(list(rows), directory, left_out)
     names = ("summary", "growth", "by_stages", "loading", "latency", "others", "wrong", "left_out", "rows")
     measured = {name: getattr(found, name) for name in names}
     about = {"asked": asked, "machine": machine.check(), "warm_up": WARM_UP, "steps_of_later_repetitions": LATER}

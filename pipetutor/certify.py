@@ -9,7 +9,6 @@ comparison must find out. What is compared, and how, is in ``pipetutor.proof``.
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,18 @@ import psutil
 
 from pipetutor import fetch, records
 from pipetutor.kinds import check, list_of, named, whole
-from pipetutor.watch import Parser, RunFailed, ending_with_a_status, watch
+from pipetutor.watch import Parser, ending_with_a_status, run_job
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")
 GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
 # One thread, so that both sides add up in the same order and forks are safe; huge pages, as ranks have them.
-ENVIRONMENT = ("OMP_NUM_THREADS=1", "DS_ACCELERATOR=cpu", "CUDA_VISIBLE_DEVICES=", "THP_MEM_ALLOC_ENABLE=1")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,8 @@ def certify(
     chosen += [wrong | {"control": control} for control in CONTROLS]
     fetch.prepare("synthetic", fetch.DATA_DIR)
     directory = records.create(Path(runs_dir), "certificate")
-    (directory / "logs").mkdir()
-    rows = directory / "rows.jsonl"
-    command = ["env", *ENVIRONMENT, sys.executable, "-m", "pipetutor.proof", str(directory), json.dumps(chosen)]
-    report = watch(command, directory, 0, float("inf"), rows, len(chosen), "rows", _brief)
-    if report["code"] != 0:
-        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
-        raise RunFailed(f"the comparison ended with status {report['code']}:\n{log[-2000:]}")
-    certificate = Certificate(list(records.read_lines(rows)), skipped, directory)
+    rows = run_job("pipetutor.proof", directory, chosen, ENVIRONMENT, len(chosen), "rows", _brief)
+    certificate = Certificate(list(rows), skipped, directory)
     content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
     records.write_json(directory / "certificate.json", content)
     return certificate

@@ -4,11 +4,10 @@
 
 ``pipetutor.bench`` starts it under the supervisor. Repetitions are interleaved, a b c a b c, so that what slows the
 machine down for a minute slows down every rival. Each run has processes of its own, which are started as DeepSpeed's
-launcher starts them, without the seconds that it takes to load DeepSpeed for itself. No torch is loaded here.
+launcher starts them. No torch is loaded here.
 """
 
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ import psutil
 
 from pipetutor import launch, machine, records
 from pipetutor.config import read_config
-from pipetutor.launch import free_port
+from pipetutor.launch import free_port, rank_environment
 
 STAGES = 2
 SEED = 1138
@@ -82,9 +81,8 @@ def environment(rival: Rival, rank: int, port: int) -> dict[str, str]:
         rank: its number.
         port: where the ranks meet.
     """
-    env = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
-    env |= {"RANK": str(rank), "WORLD_SIZE": str(rival.ranks), "LOCAL_SIZE": str(rival.ranks)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = rank_environment(rank, rival.ranks, port)
+    env = {name: value for name, value in env.items() if name not in DEFAULTS}
     if machine.gpu_count() < STAGES:  # the same device for everybody
         env["DS_ACCELERATOR"] = "cpu"
     if rival.prepared:

@@ -8,7 +8,6 @@ How is in ``pipetutor.measurement``. Only the measuring processes load torch; wh
 import itertools
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipetutor.kinds import check, list_of, whole
 from pipetutor.partition import Layer, bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.simulate import Costs
-from pipetutor.watch import Parser, RunFailed, ending_with_a_status, watch
+from pipetutor.watch import Parser, ending_with_a_status, run_job
 
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
@@ -197,10 +196,11 @@ class LayerCosts:
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """Return what the environment of as many ranks on one CPU says of threads, memory and device."""
+    """Return what the environment of as many ranks on one CPU says of threads, memory and devices."""
     env = dict(os.environ) | {"LOCAL_SIZE": str(ranks)}
     machine.prepare_rank(env, ["--backend=gloo"])
-    return {name: env[name] for name in ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")}
+    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")
+    return {name: env[name] for name in names} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def measure(
@@ -254,16 +254,9 @@ def measure(
         )
     fetch.prepare("synthetic", fetch.DATA_DIR)
     directory = records.create(Path(runs_dir), "costs")
-    (directory / "logs").mkdir()
-    arguments = {"model": model, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
-    settings = [f"{name}={value}" for name, value in environment(ranks).items()]
-    command = ["env", "CUDA_VISIBLE_DEVICES=", *settings, sys.executable]
-    command += ["-m", "pipetutor.measurement", str(directory), json.dumps(arguments)]
-    rows = directory / "rows.jsonl"
-    report = watch(command, directory, 0, float("inf"), rows, STEPS * MICRO_BATCHES, "micro-batches", _brief)
-    if report["code"] != 0:
-        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
-        raise RunFailed(f"the measurement ended with status {report['code']}:\n{log[-2000:]}")
+    asked = {"model": model, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
+    total = STEPS * MICRO_BATCHES
+    run_job("pipetutor.measurement", directory, asked, environment(ranks), total, "micro-batches", _brief)
     return LayerCosts.load(directory)
 
 

@@ -9,20 +9,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torchvision.transforms as transforms
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.datasets import CIFAR10
 
 from pipetutor.fetch import DATA_DIR, FILES, prepare
+from pipetutor.uncompiled import torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-TRANSFORM = transforms.Compose(
-    [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+TRANSFORM = torchvision.transforms.Compose(
+    [
+        torchvision.transforms.Resize(256),
+        torchvision.transforms.CenterCrop(224),
+        torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize(MEAN, STD),
+    ]
 )
 
 
-class Synthetic(CIFAR10):
+class Synthetic(torchvision.datasets.CIFAR10):
     """The drawn data set of ``pipetutor.synthetic``, read by CIFAR-10's own code."""
 
     base_folder = FILES["synthetic"].folder
@@ -35,7 +39,7 @@ class Synthetic(CIFAR10):
     }
 
 
-DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "synthetic": Synthetic}
+DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "synthetic": Synthetic}
 
 
 def load(dataset: str, train: bool, local_rank: int, data_dir: str) -> Dataset[Any]:

@@ -21,6 +21,8 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         One line that names the culprit, then what every rank was doing, then the culprit's last words: its
         Python stack where the run stalled, else the end of its log.
     """
+    if report["cancelled"]:
+        return "the supervisor was asked to end, and has ended the run"
     if report["stalled"] is not None:
         return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report)
     beats = {beat.rank: beat for beat in heartbeat.read(directory)}
@@ -31,16 +33,15 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     bad = sorted(
         (_complains(raised.get(rank)), when, rank, code) for when, rank, code in ends if code or rank in raised
     )
-    log = directory / "logs" / "launcher.log"
-    head = f"the launcher ended with status {report['code']}"
+    rank, head = 0, "the run did not end well"
     if bad:
         *_, rank, code = bad[0]
-        log = records.log_path(directory, rank) or log
         if code is not None and code < 0:
             how = f"killed by {signal.Signals(-code).name} (exit code {code})"
         else:
             how = f"{raised.get(rank, {}).get('error', 'see its last lines')} (exit code {code or 1})"
         head = f"rank {rank} failed first: {how}" + (f", at {beats[rank]}" if rank in beats else "")
+    log = records.log_path(directory, rank)
     text = log.read_text(errors="replace") if log.exists() else ""
     last = [line for line in text.splitlines() if line.strip()][-15:]
     lines = [head, *_doing(list(beats.values())), f"its last lines, from {log}:", *(f"    {line}" for line in last)]

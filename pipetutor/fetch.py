@@ -166,18 +166,20 @@ def _make(dataset: str, data_dir: Path, work: Path) -> None:
 
 def _download(data_dir: Path, work: Path) -> None:
     """Let torchvision fetch and unpack CIFAR-10; an archive that is already in ``work`` is not fetched."""
-    from torchvision.datasets import CIFAR10
+    from pipetutor.uncompiled import torchvision
+
+    url = torchvision.datasets.CIFAR10.url
 
     files = FILES["cifar10"]
     timeout = socket.getdefaulttimeout()
     try:
         if not (work / files.archive).exists():
-            _connect(CIFAR10.url)
+            _connect(url)
             socket.setdefaulttimeout(STALL_SECONDS)  # urllib waits for ever otherwise
-        CIFAR10(str(work), download=True)
+        torchvision.datasets.CIFAR10(str(work), download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"CIFAR-10 is not in {data_dir}, and fetching {CIFAR10.url} failed ({error}). Two ways on: take the "
+            f"CIFAR-10 is not in {data_dir}, and fetching {url} failed ({error}). Two ways on: take the "
             f"embedded data with --dataset synthetic, or put {files.archive} into {data_dir}"
         ) from None
     finally:

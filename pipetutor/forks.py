@@ -13,9 +13,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from pipetutor.supervise import end_with
 
-def _in_child(work: Callable[[], Any], answer: Connection, log: Path) -> None:
+
+def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int) -> None:
     """Run in a forked process: what libraries print goes to a file, an exception to the parent."""
+    end_with(parent)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -48,7 +51,7 @@ def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) 
     try:
         for work in works:
             here, there = fork.Pipe(duplex=False)
-            child = fork.Process(target=_in_child, args=(work, there, log), daemon=True)
+            child = fork.Process(target=_in_child, args=(work, there, log, os.getpid()), daemon=True)
             child.start()
             there.close()
             children.append(child)

@@ -7,6 +7,7 @@
 Each works in processes of its own, with data of its own, and leaves neither behind.
 """
 
+import json
 import os
 import pickle
 import subprocess
@@ -21,7 +22,7 @@ from unittest import mock
 
 from pipetutor import records, synthetic
 from pipetutor.costs import environment
-from pipetutor.watch import RunFailed, watch
+from pipetutor.watch import run_job
 
 PATIENCE_SECONDS = 60
 
@@ -128,16 +129,9 @@ def ragged(runs_dir: str | Path = "runs") -> list[str]:
 
 def _run(what: str, ranks: int, runs_dir: Path) -> list[Any]:
     directory = records.create(runs_dir, what)
-    (directory / "logs").mkdir()
-    settings = [f"{name}={value}" for name, value in environment(ranks).items()]
-    command = ["env", "CUDA_VISIBLE_DEVICES=", *settings, sys.executable]
-    command += ["-m", "pipetutor.hazards", what, str(directory), str(ranks)]
-    rows = directory / "rows.jsonl"
-    report = watch(command, directory, 0, float("inf"), rows, ranks, "ranks", lambda row: "")
-    if report["code"] != 0:
-        log = (directory / "logs" / "launcher.log").read_text(errors="replace")
-        raise RunFailed(f"{what} ended with status {report['code']}:\n{log[-2000:]}")
-    return [row["found"] for row in records.read_lines(rows)]
+    asked = {"what": what, "ranks": ranks}
+    rows = run_job("pipetutor.hazards", directory, asked, environment(ranks), ranks, "ranks", lambda row: "")
+    return [row["found"] for row in rows]
 
 
 def _join(rank: int, ranks: int, store: Path) -> None:
@@ -194,12 +188,12 @@ def _ragged_rank(rank: int, ranks: int, directory: Path) -> str:
 
 def main() -> None:
     """Be one of the processes that the functions above start."""
-    what, place = sys.argv[1], Path(sys.argv[2])
-    if what == "naive":
-        return _take_turns(place)
+    if sys.argv[1] == "naive":
+        return _take_turns(Path(sys.argv[2]))
     from pipetutor.forks import forked
 
-    ranks = int(sys.argv[3])
+    place, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
+    what, ranks = asked["what"], asked["ranks"]
     with tempfile.TemporaryDirectory() as cold:
         if what == "barrier":
             import pipetutor.data  # noqa: F401 (once, for all forks)

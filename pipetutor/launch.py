@@ -1,4 +1,4 @@
-"""What a cell runs: check, start DeepSpeed's launcher, show progress, record, and leave nothing behind."""
+"""What a cell runs: check, start the ranks, show progress, record, and leave nothing behind."""
 
 import contextlib
 import os
@@ -19,6 +19,7 @@ from pipetutor.kinds import KINDS, check
 from pipetutor.partition import PROFILE
 from pipetutor.preflight import preflight
 from pipetutor.records import Run
+from pipetutor.supervise import Process
 from pipetutor.watch import RunFailed, watch
 
 # Options of a launch alone, and their kinds, beside those of preflight.OPTIONS.
@@ -42,6 +43,20 @@ def free_port() -> int:
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("", port))
             return port
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Return what a rank finds in its environment: that of this process, and what DeepSpeed's launcher would add.
+
+    Args:
+        rank: its number.
+        ranks: how many there are, all on this host.
+        port: where they meet.
+    """
+    # A torchrun above this process has told it of a store of its own.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    return env | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def launch(
@@ -74,8 +89,8 @@ def launch(
 ) -> Run:
     """Train in processes of their own, watch them, and return the record.
 
-    The exact ``deepspeed`` command is printed; typed in a terminal, it does the same work. Whatever ends
-    the call, an interrupt or the death of the kernel, no process stays.
+    The ranks are started as DeepSpeed's launcher starts them. The ``deepspeed`` command that does the same work from
+    a terminal is printed. Whatever ends the call, an interrupt or the death of the kernel, no process stays.
 
     Args:
         stages: pipeline stages P; 0 trains the data-parallel baseline.
@@ -177,7 +192,7 @@ def launch(
         for flag, value in optional.items():
             arguments += [flag, str(value)] if value is not None else []
         arguments += ["--recompute"] * recompute + ["--trace"] * trace
-        command = _deepspeed(ranks, directory) + arguments
+        command = _deepspeed(ranks) + arguments
         records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:
         raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
@@ -185,7 +200,12 @@ def launch(
     for line in filter(None, [explained, plan.notice, table, shlex.join(command)]):
         print(line)
     lines = directory / records.STEPS
-    report = watch(command, directory, ranks, deadline, lines, steps - plan.done, "steps", _brief)
+    train, port = [sys.executable, "-u", "-m", "pipetutor.train", *arguments], free_port()
+    processes = [
+        Process(train, rank_environment(rank, ranks, port), records.log_path(directory, rank).name)
+        for rank in range(ranks)
+    ]
+    report = watch(processes, directory, deadline, lines, steps - plan.done, "steps", _brief)
     if report["code"] != 0:
         raise RunFailed(diagnose(directory, report), directory)
     run = Run.load(directory)
@@ -211,7 +231,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _deepspeed(ranks: int, directory: Path) -> list[str]:
+def _deepspeed(ranks: int) -> list[str]:
     """Return DeepSpeed's launcher with its own options, on the GPUs that CUDA_VISIBLE_DEVICES allows."""
     found = shutil.which("deepspeed")
     here = Path(sys.executable).with_name("deepspeed")
@@ -224,5 +244,4 @@ def _deepspeed(ranks: int, directory: Path) -> list[str]:
         resources = ["--include", "localhost:" + ",".join(visible[:ranks])]
     else:
         resources = ["--num_gpus", str(ranks)]
-    logs = ["--enable_each_rank_log", _short(directory / "logs")]
-    return [*start, *resources, "--master_port", str(free_port()), *logs, "--module", "pipetutor.train"]
+    return [*start, *resources, "--master_port", str(free_port()), "--module", "pipetutor.train"]

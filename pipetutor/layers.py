@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 
 from pipetutor.partition import Layer
+from pipetutor.uncompiled import torchvision
 
 PARTS = ("features", "avgpool", "classifier")
 

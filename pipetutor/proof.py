@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from pipetutor import data, records
@@ -27,6 +26,7 @@ from pipetutor.fetch import DATA_DIR
 from pipetutor.forks import forked
 from pipetutor.layers import build, catalog_entry, join_layers
 from pipetutor.partition import bounds_for
+from pipetutor.uncompiled import torchvision
 
 MICRO_BATCH, STEPS, LEARNING_RATE, SEED = 2, 3, 0.05, 1138
 TOLERANCE = 1e-5  # of a tensor's largest entry: some eighty roundings of fp32

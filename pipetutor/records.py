@@ -124,9 +124,9 @@ def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def log_path(directory: Path, rank: int) -> Path | None:
-    """Return the log of one rank, or None where it never started. The launcher puts the time in the name."""
-    return next(iter(sorted(directory.glob(f"logs/*_rank{rank}.log"))), None)
+def log_path(directory: Path, rank: int) -> Path:
+    """Return the log of one rank; it is there once the rank was started."""
+    return directory / "logs" / f"rank{rank}.log"
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from deepspeed.pipe import PipelineModule
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models import AlexNet
 
 from pipetutor import data, records
 from pipetutor.contest import SEED
 from pipetutor.fetch import DATA_DIR
 from pipetutor.layers import build, join_layers
 from pipetutor.torch_engine import build_optimizer
+from pipetutor.uncompiled import torchvision
 
 Step = Callable[[], torch.Tensor]  # trains one step and returns its mean loss
 
@@ -98,7 +98,7 @@ def reference_engine(task: Task) -> Any:
     """
     torch.manual_seed(SEED)
     deepspeed.runtime.utils.set_random_seed(SEED)
-    net = AlexNet(num_classes=10, dropout=0.0)
+    net = torchvision.models.AlexNet(num_classes=10, dropout=0.0)
     layers = [*net.features, net.avgpool, lambda x: torch.flatten(x, 1), *net.classifier]
     net = PipelineModule(
         layers=layers,

@@ -1,14 +1,17 @@
 """The process that stands between a notebook and a run, so that no rank outlives what started it.
 
-    kernel --pipe--> supervisor --> deepspeed --> launcher --> rank 0, rank 1, ...
+    kernel --pipe--> supervisor --> rank 0, rank 1, ...
 
-The kernel may be interrupted, restarted or killed with SIGKILL, and ranks may ignore signals or leave the
-process group. The supervisor sees to the end of all of them:
+It starts the ranks as DeepSpeed's launcher does, one process each, and need not load DeepSpeed for that. The kernel
+may be interrupted, restarted or killed with SIGKILL, and ranks may ignore signals or leave the process group. The
+supervisor sees to the end of all of them:
 
-- It holds the read end of a pipe from the kernel. End of file means that the kernel closed it or is gone.
-- It is a child subreaper (prctl(2)): a descendant that loses its parent becomes its child, and none can
-  slip out of the tree that it kills.
-- It watches each rank through a pidfd, so it knows which one ended first, and with what.
+- It holds the read end of a pipe from the kernel, and knows its parent. Something to read, the end of the file or
+  another parent means that the run is given up, or that the kernel is gone.
+- It is a child subreaper (prctl(2)): a descendant that loses its parent becomes its child, and none can slip out of
+  the tree that it kills.
+- What it starts is killed by the system when the supervisor itself is killed (PR_SET_PDEATHSIG).
+- It is told when one of its processes ends, so it knows which ended first, and with what.
 - It reads the ranks' heartbeats, and ends a run that no longer gets on.
 
 One JSON object on standard output is its report. Standard library and psutil only.
@@ -18,10 +21,13 @@ import ctypes
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +36,24 @@ import psutil
 from pipetutor import heartbeat, records
 
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Process:
+    """What is to be started.
+
+    Attributes:
+        command: its words.
+        environment: the whole of it.
+        log: the file in the run's ``logs`` that gets what it prints.
+    """
+
+    command: list[str]
+    environment: dict[str, str]
+    log: str
 
 
 def descendants() -> list[psutil.Process]:
@@ -60,59 +82,16 @@ def reap() -> None:
         pass
 
 
-def exit_code(pid: int) -> int | None:
-    """Read the exit code of a zombie: negative for a signal, None once its parent has collected it."""
-    try:
-        status = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[-1])
-    except OSError:
-        return None
-    return os.waitstatus_to_exitcode(status)
+def adopt_orphans() -> None:
+    """Become the parent of every process below this one that loses its own."""
+    _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-class Ranks:
-    """The ranks of the run among the descendants, and how each of them ended."""
-
-    def __init__(self, count: int):
-        self._count = count
-        self._pids: dict[int, tuple[int, int]] = {}  # pidfd -> (rank, pid)
-        self.ended: list[dict[str, Any]] = []
-
-    @property
-    def pids(self) -> dict[int, int]:
-        """Rank -> process id, of those that are alive."""
-        return dict(self._pids.values())
-
-    @property
-    def pidfds(self) -> list[int]:
-        """Readable when the rank behind it has ended."""
-        return list(self._pids)
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether every rank was seen to end, and with exit code 0."""
-        return self._count > 0 and [end["code"] for end in self.ended] == [0] * self._count
-
-    def look(self) -> None:
-        """Find ranks that have started since the last look, by the RANK in their environment."""
-        if len(self._pids) + len(self.ended) >= self._count:
-            return
-        known = {rank for rank, _ in self._pids.values()} | {end["rank"] for end in self.ended}
-        for process in descendants():
-            try:
-                rank = int(process.environ().get("RANK", "-1"))
-                if rank >= 0 and rank not in known:
-                    known.add(rank)
-                    self._pids[os.pidfd_open(process.pid)] = (rank, process.pid)
-            except (psutil.Error, OSError, ValueError):
-                continue  # ended between listing and looking
-
-    def collect(self, readable: list[int]) -> None:
-        """Note the ranks behind these pidfds as ended."""
-        for pidfd in readable:
-            if pidfd in self._pids:
-                rank, pid = self._pids.pop(pidfd)
-                self.ended.append({"rank": rank, "pid": pid, "time": time.time(), "code": exit_code(pid)})
-                os.close(pidfd)
+def end_with(parent: int) -> None:
+    """Have the system kill this process when its parent, of this id, is gone."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone already
+        os._exit(1)
 
 
 class Progress:
@@ -137,53 +116,93 @@ class Progress:
         return beats if now - self._moved > deadline else None
 
 
-def supervise(command: list[str], directory: Path, rank_count: int, deadline: float) -> dict[str, Any]:
-    """Run ``command`` until its ranks end, it stalls or standard input closes; then leave nothing running.
+def _start(process: Process, directory: Path) -> subprocess.Popen[bytes]:
+    me = os.getpid()
+    with open(directory / "logs" / process.log, "wb") as log:
+        return subprocess.Popen(
+            process.command,
+            env=process.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: end_with(me),
+        )
 
-    Once every rank has ended well, the command is not waited for: DeepSpeed's launcher looks at its ranks once a
-    second, and takes three in all to notice, to say so and to end.
+
+def supervise(
+    processes: Sequence[Process], directory: Path, deadline: float, given_up: Callable[[float], bool]
+) -> dict[str, Any]:
+    """Run processes until they have ended, stall or are given up; then leave nothing running.
 
     Args:
-        command: what to start; its output goes to ``directory/logs/launcher.log``.
+        processes: what to start: ranks, the first of them rank 0.
         directory: the run directory, whose status is closed here.
-        rank_count: ranks to expect.
-        deadline: seconds without progress after which the run is ended.
+        deadline: seconds without progress after which the run is ended; infinite for what has no heartbeats.
+        given_up: waits so many seconds for the end of a process, and says whether nobody wants the run any more.
 
     Returns:
-        ``code`` of the command (0 where every rank ended with it, None if it was killed here), ``cancelled``,
-        ``ended``: the ranks in the order in which they ended, with pid, time and exit code, ``deadline``, ``ranks``,
-        the count, and ``stalled``: every rank's last heartbeat, or None if it did not.
+        ``code``: 0 where every process was seen to end with it, else the code of the first that ended badly, None if
+        none did; ``cancelled``; ``ended``: the ranks in the order in which they ended, with pid, time and exit code;
+        ``deadline``; ``ranks``, the count; and ``stalled``: every rank's last heartbeat, or None if it did not.
+
+    Raises:
+        OSError: one of them cannot be started.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    ranks, progress = Ranks(rank_count), Progress(directory, rank_count, deadline)
+    progress = Progress(directory, len(processes), deadline)
     end, cancelled = float("inf"), False
     stalled: list[heartbeat.Beat] | None = None
-    with open(directory / "logs" / "launcher.log", "wb") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    child_fd = os.pidfd_open(child.pid)
-    while child.poll() is None and not ranks.succeeded and time.monotonic() < end and stalled is None:
-        ranks.look()
-        readable, _, _ = select.select([sys.stdin, child_fd, *ranks.pidfds], [], [], 0.1)
-        ranks.collect([fd for fd in readable if isinstance(fd, int)])
-        if sys.stdin in readable and not os.read(sys.stdin.fileno(), 1):
-            cancelled = True
-            break
-        failed = any(end["code"] for end in ranks.ended) or any(directory.glob("failure_rank*.json"))
+    running = {rank: _start(process, directory) for rank, process in enumerate(processes)}
+    ended: list[dict[str, Any]] = []
+    while running and time.monotonic() < end and stalled is None and not cancelled:
+        cancelled = given_up(0.1)
+        for rank, child in list(running.items()):
+            if (code := child.poll()) is not None:
+                ended.append({"rank": rank, "pid": child.pid, "time": time.time(), "code": code})
+                del running[rank]
+        failed = any(end["code"] for end in ended) or any(directory.glob("failure_rank*.json"))
         if failed and end == float("inf"):
             end = time.monotonic() + GRACE_SECONDS
         stalled = None if failed else progress.stalled()
-    code = 0 if ranks.succeeded else child.poll()
-    ranks.collect(select.select(ranks.pidfds, [], [], 0)[0])
     if stalled is not None:
         beating = {beat.rank for beat in stalled}
-        heartbeat.ask_for_stacks(directory, {rank: pid for rank, pid in ranks.pids.items() if rank in beating})
+        heartbeat.ask_for_stacks(directory, {rank: child.pid for rank, child in running.items() if rank in beating})
     kill_descendants()
+    bad = next((end["code"] for end in ended if end["code"]), None)
+    code = 0 if len(ended) == len(processes) and bad is None else bad
     if records.read(directory).get("status") != "finished" or code != 0:
         records.update(directory, status="interrupted" if cancelled else "failed")
-    report = {"code": code, "cancelled": cancelled, "ended": ranks.ended, "deadline": deadline, "ranks": rank_count}
+    report = {"code": code, "cancelled": cancelled, "ended": ended, "deadline": deadline, "ranks": len(processes)}
     return report | {"stalled": None if stalled is None else [asdict(beat) for beat in stalled]}
 
 
-if __name__ == "__main__":
-    report = supervise(sys.argv[4:], Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+class Attention:
+    """What this process waits for: that a child ends, that its parent gives the run up, or a signal to end."""
+
+    def __init__(self, parent: int):
+        self._parent = parent
+        self._signals, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)  # its number goes into the pipe
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def given_up(self, seconds: float) -> bool:
+        """Wait so long at most, and say whether the run is given up."""
+        readable, _, _ = select.select([sys.stdin, self._signals], [], [], seconds)
+        numbers = os.read(self._signals, 4096) if self._signals in readable else b""
+        asked = any(number != signal.SIGCHLD for number in numbers)
+        return asked or sys.stdin in readable or os.getppid() != self._parent
+
+
+def main() -> None:
+    """Supervise what one line on standard input says, and report."""
+    directory, parent = Path(sys.argv[1]), int(sys.argv[2])
+    adopt_orphans()
+    try:
+        attention = Attention(parent)
+        asked = json.loads(sys.stdin.readline())
+        processes = [Process(**process) for process in asked["processes"]]
+        report = supervise(processes, directory, asked["deadline"], attention.given_up)
+    except BaseException as error:
+        kill_descendants()  # whatever it was, no rank stays
+        report = {"error": "".join(traceback.format_exception_only(error)).strip()}
     print(json.dumps(report), flush=True)

@@ -6,6 +6,7 @@ After ``training/pipeline_parallelism/train.py`` of DeepSpeedExamples, whose nam
 """
 
 import argparse
+import atexit
 import os
 import shlex
 import sys
@@ -35,7 +36,6 @@ from pipetutor.machine import cpu_cores, gpu_count, versions
 from pipetutor.partition import METHODS, PROFILE
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
 from pipetutor.schedules import SCHEDULES
-from pipetutor.torch_engine import TorchPipeline
 from pipetutor.trace import Recorder
 from pipetutor.watch import Parser, RunFailed
 from pipetutor.weights import load_weights
@@ -193,6 +193,8 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     deepspeed.runtime.utils.set_random_seed(args.seed)
     recorder, config = _recorder(args), read_config(args.deepspeed_config, args.dtype)
     if args.engine == "torch":
+        from pipetutor.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
+
         bounds = [int(bound) for bound in part.split(",")]
         engine = TorchPipeline(_model(args), args.schedule, bounds, config, args.recompute)
     else:
@@ -331,3 +333,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    atexit._run_exitfuncs()
+    os._exit(0)  # taking the engine and every module apart takes half a second, and the memory goes in any case

@@ -7,17 +7,21 @@ import argparse
 import contextlib
 import io
 import json
+import math
+import os
 import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
 from pipetutor import records
+from pipetutor.supervise import Process
 
 SUPERVISOR_SECONDS = 10
 
@@ -35,22 +39,20 @@ class RunFailed(RuntimeError):
 
 
 def watch(
-    command: list[str],
+    processes: Sequence[Process],
     directory: Path,
-    ranks: int,
     deadline: float,
     lines: Path,
     total: int,
     unit: str,
     describe: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:
-    """Run a command under the supervisor, with a bar that moves on with each line it adds to a file.
+    """Run processes under the supervisor, with a bar that moves on with each line they add to a file.
 
     Args:
-        command: what to start.
-        directory: its run directory.
-        ranks: ranks to expect.
-        deadline: seconds without progress after which it is ended.
+        processes: what to start.
+        directory: their run directory, with ``logs`` in it.
+        deadline: seconds without progress after which they are ended.
         lines: the file of JSON lines.
         total: lines to expect.
         unit: what a line stands for.
@@ -62,19 +64,21 @@ def watch(
     Raises:
         KeyboardInterrupt: it was interrupted, and has ended with all its processes; it says so in one line, without
             the place where the interrupt came.
-        RunFailed: the supervisor is gone or does not end.
+        RunFailed: a process could not be started, or the supervisor is gone or does not end.
     """
     __tracebackhide__ = True  # by IPython
+    asked = {"processes": [asdict(process) for process in processes], "deadline": deadline}
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "pipetutor.supervise", str(directory), str(ranks), str(deadline), *command],
+        [sys.executable, "-c", "from pipetutor.supervise import main; main()", str(directory), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         start_new_session=True,  # an interrupt of the kernel's group must not reach it
     )
-    assert supervisor.stdin and supervisor.stdout
+    assert supervisor.stdin and supervisor.stdout and supervisor.stderr
     output, interrupted = b"", False
     try:
+        _tell(supervisor.stdin, json.dumps(asked))
         with _bar(total, unit) as bar, selectors.DefaultSelector() as selector:
             selector.register(supervisor.stdout, selectors.EVENT_READ)
             ended = False
@@ -88,17 +92,74 @@ def watch(
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        # End of file tells the supervisor to kill the run; a second interrupt must not cut this short.
+        # A second interrupt must not cut this short.
         with _interrupts_held():
-            supervisor.stdin.close()
+            _tell(supervisor.stdin, "end")  # a child of the kernel's may hold the pipe open, too
+            with contextlib.suppress(BrokenPipeError):
+                supervisor.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 supervisor.wait(SUPERVISOR_SECONDS)
+            said = supervisor.stderr.read() if supervisor.returncode is not None else b""
             supervisor.stdout.close()
+            supervisor.stderr.close()
     if interrupted and supervisor.returncode == 0:
         raise KeyboardInterrupt(f"{directory.name} is interrupted, and all its processes have ended")
-    if not output:
-        raise RunFailed(f"the supervisor of {directory} was killed; its ranks may still run")
-    return json.loads(output)
+    report = json.loads(output) if output else {}
+    if not output or "error" in report:
+        error = report.get("error") or f"its supervisor is gone{_ended(supervisor.returncode, said)}"
+        with contextlib.suppress(OSError, ValueError):  # the record itself may be what is wrong
+            records.update(directory, status="failed")
+        raise RunFailed(f"{directory.name} failed: {error}", directory)
+    return report
+
+
+def _tell(pipe: IO[bytes], line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and its report says why
+        pipe.write(f"{line}\n".encode())
+        pipe.flush()
+
+
+def _ended(status: int | None, said: bytes) -> str:
+    """Say how a supervisor ended that has not reported."""
+    if status is None:
+        return f": it did not end within {SUPERVISOR_SECONDS} s"
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    return f" ({how}), and its ranks with it {said.decode(errors='replace')[-1000:].strip()}".rstrip()
+
+
+def run_job(
+    module: str,
+    directory: Path,
+    asked: Any,
+    environment: dict[str, str],
+    total: int,
+    unit: str,
+    describe: Callable[[dict[str, Any]], str],
+) -> Iterator[dict[str, Any]]:
+    """Run ``python -m module directory JSON`` under the supervisor, and return the lines of its ``rows.jsonl``.
+
+    Args:
+        module: what to run; it says in ``run.json`` that it has finished.
+        directory: its new run directory.
+        asked: what it is to do, as JSON.
+        environment: what is laid over this process's own.
+        total: rows to expect.
+        unit: what a row stands for.
+        describe: says in a few words what a row holds.
+
+    Raises:
+        RunFailed: it ended with another status than 0; the message has its last lines.
+    """
+    __tracebackhide__ = True  # by IPython
+    (directory / "logs").mkdir()
+    command = [sys.executable, "-m", module, str(directory), json.dumps(asked)]
+    process = Process(command, os.environ | environment, "job.log")
+    rows = directory / "rows.jsonl"
+    report = watch([process], directory, math.inf, rows, total, unit, describe)
+    if report["code"] != 0:
+        log = (directory / "logs" / process.log).read_text(errors="replace")
+        raise RunFailed(f"{module} ended with status {report['code']}:\n{log[-2000:]}", directory)
+    return records.read_lines(rows)
 
 
 class Parser(argparse.ArgumentParser):

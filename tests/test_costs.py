@@ -238,7 +238,7 @@ def test_a_measurement(runs):
 
 def test_a_measurement_that_fails_says_why(runs):
     (runs.parent / "torchvision.py").write_text("raise RuntimeError('no eyes')")  # found before the real one
-    with pytest.raises(RunFailed, match=r"the measurement ended with status 1:(.|\n)*RuntimeError: no eyes"):
+    with pytest.raises(RunFailed, match=r"pipetutor.measurement ended with status 1:(.|\n)*RuntimeError: no eyes"):
         measure(runs_dir=runs)
 
 
@@ -249,9 +249,9 @@ def test_an_interrupt_leaves_nothing_running(runs):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     try:
-        # The supervisor, who has the words of what it started, what it started, and two ranks.
+        # What the supervisor has started, and two ranks.
         wait_until(
-            lambda: sum("pipetutor.measurement" in " ".join(p.cmdline()) for p in processes_of(runs)) == 4, 100
+            lambda: sum("pipetutor.measurement" in " ".join(p.cmdline()) for p in processes_of(runs)) == 3, 100
         )
         kernel.send_signal(signal.SIGINT)
         assert kernel.wait(20) == 130

@@ -84,7 +84,7 @@ def test_a_circle_is_named_as_one(tmp_path):
         {"rank": 1, "phase": "training", "step": 2, "instruction": "RecvActivation", "micro_batch": 1, "peers": [0]},
         {"rank": 2, "phase": "training", "step": 1, "instruction": "RecvActivation", "micro_batch": 0, "peers": [1]},
     ]
-    said = diagnose(tmp_path, {"stalled": beats, "deadline": 9, "ranks": 3})
+    said = diagnose(tmp_path, {"cancelled": False, "stalled": beats, "deadline": 9, "ranks": 3})
     assert said.startswith(
         "no step was completed in 9 s: ranks 0 and 1 wait for each other in a circle: rank 0 is at RecvGrad of "
         "micro-batch 0 in step 2, which needs rank 1\n"
@@ -123,13 +123,13 @@ def test_a_process_writes_its_stack_when_asked(tmp_path):
 def test_a_stopped_rank_gives_no_stack_and_is_named(tmp_path):
     beats = [{"rank": 0, "phase": "training", "step": 1, "instruction": "RecvGrad", "micro_batch": 0, "peers": [1]}]
     beats.append({"rank": 1, "phase": "training", "step": 1, "instruction": "ForwardPass", "micro_batch": 0})
-    said = diagnose(tmp_path, {"stalled": beats, "deadline": 9, "ranks": 2})
+    said = diagnose(tmp_path, {"cancelled": False, "stalled": beats, "deadline": 9, "ranks": 2})
     assert "no step was completed in 9 s: rank 1 holds the others up" in said and "it gave no stack" in said
 
 
 def test_a_rank_that_never_came_is_named(tmp_path):
     waiting = {"rank": 0, "phase": "starting"}
-    said = diagnose(tmp_path, {"stalled": [waiting], "deadline": 9, "ranks": 2})
+    said = diagnose(tmp_path, {"cancelled": False, "stalled": [waiting], "deadline": 9, "ranks": 2})
     assert said.startswith("no step was completed in 9 s: rank 1 did not start\n    rank 0: starting, for ")
 
 
@@ -249,5 +249,5 @@ def test_a_ragged_micro_batch_is_named_where_it_is_loaded(runs):
 def test_a_ragged_micro_batch_of_the_baseline_is_refused_as_well(runs):
     with pytest.raises(RankFailed, match=RAGGED):
         train(runs, "-s", 3, "--fault", "ragged:rank=0,step=2", "--model", "mobilenet_v3_small", stages=0)
-    said = diagnose(runs, {"stalled": None, "ended": [], "code": 1})
+    said = diagnose(runs, {"cancelled": False, "stalled": None, "ended": [], "code": 1})
     assert said.splitlines()[0].endswith(", at LoadMicroBatch of micro-batch 0 in step 2")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -16,10 +15,9 @@ import psutil
 import pytest
 from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train
 
-from pipetutor import Run, RunFailed, launch, records
+from pipetutor import Run, RunFailed, launch
 from pipetutor.launch import free_port
 from pipetutor.records import STEPS, read_lines
-from pipetutor.watch import watch
 
 
 def wait_until(condition, seconds=HANGS):
@@ -53,11 +51,12 @@ def a_step_is_done(runs: Path):
 def ranks_of(runs: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in processes_of(runs.parent):
-        if "--local_rank=" in " ".join(process.cmdline()) and "RANK" in process.environ():
+        if "pipetutor.train" in process.cmdline() and "RANK" in process.environ():
             found[int(process.environ()["RANK"])] = process
     return found
 
 
+HEARTBEATS = ["heartbeat_rank0.json", "heartbeat_rank1.json"]
 LONG = "launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)"
 
 
@@ -75,8 +74,8 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
     assert run.details["result"]["loss"] == run.losses[-1] and run.details["config"]["train_batch_size"] == 4
     assert run.details["versions"]["deepspeed"] == "0.19.8" and run.details["device"] == "cpu"
     assert run.stage_layers(0)[0] == "Conv2dNormActivation" and run.stage_layers(1)[-1] == "Linear"
-    assert all((run.directory / name).exists() for name in ("config.json", "logs/launcher.log"))
-    assert len(list(run.directory.glob("logs/*_rank[01].log"))) == 2
+    assert sorted(path.name for path in run.directory.glob("*.json")) == ["config.json", *HEARTBEATS, "run.json"]
+    assert sorted(path.name for path in run.directory.glob("logs/*")) == ["rank0.log", "rank1.log"]
     assert "'a path with spaces" in run.command
     with pytest.raises(ValueError, match="holds no run"):
         Run.load(runs)
@@ -109,7 +108,7 @@ def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
     """Run this code at the start of every process that has a RANK."""
     indented = textwrap.indent(textwrap.dedent(code), "    ")
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
 
 
 def test_without_a_compiler_it_still_trains(runs, monkeypatch):
@@ -143,7 +142,7 @@ def test_a_rank_that_raises_is_named(runs, monkeypatch):
     _, errors = kernel.communicate(timeout=HANGS)
     assert kernel.returncode == 1
     assert "rank 1 failed first: ArithmeticError: the loss of the test (exit code 1)" in errors
-    assert "_rank1.log" in errors and "RunFailed" in errors
+    assert "logs/rank1.log" in errors and "RunFailed" in errors
     assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "failed"
 
 
@@ -296,40 +295,13 @@ def test_two_hosts_without_ssh(runs):
     assert "local_rank" not in run.command
 
 
-def test_the_bar_saves_few_lines_where_nobody_watches(runs, capfd):
-    directory = records.create(runs, "bar")
-    (directory / "logs").mkdir()
-    write = "import sys; [print('{}', file=open(sys.argv[1], 'a')) for _ in range(60)]"
-    command = [sys.executable, "-c", write, str(directory / "lines.jsonl")]
-    report = watch(command, directory, 0, 300, directory / "lines.jsonl", 60, "lines", lambda line: "a line")
-    errors = capfd.readouterr().err
-    assert report["code"] == 0 and "60/60 lines" in errors and "a line" in errors
-    assert len(re.findall("[\r\n]", errors)) < 30
-
-
-def test_a_launcher_is_not_waited_for_once_its_ranks_have_ended_well(runs, tmp_path):
-    directory = records.create(runs, "lingering")
-    (directory / "logs").mkdir()
-    (directory / "lines.jsonl").touch()
-    records.update(directory, status="finished")
-    launcher = """
-        import glob, os, subprocess, sys, time
-        rank = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-        ranks = [subprocess.Popen(rank, env=os.environ | {"RANK": str(r)}, stdin=subprocess.PIPE) for r in (0, 1)]
-        def watched(pid):
-            infos = glob.glob(f"/proc/{os.getppid()}/fdinfo/*")
-            return any(f"Pid:\\t{pid}\\n" in open(info).read() for info in infos)
-        while not all(watched(rank.pid) for rank in ranks):
-            time.sleep(0.01)
-        open(sys.argv[1], "w").write(str(os.getpid()))
-        [rank.stdin.close() for rank in ranks]
-        subprocess.run(["sleep", "100"])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(launcher), str(tmp_path / "pid")]
-    report = watch(command, directory, 2, 300, directory / "lines.jsonl", 1, "lines", str)
-    assert report["code"] == 0 and [end["code"] for end in report["ended"]] == [0, 0]
-    assert records.read(directory)["status"] == "finished"
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+def test_a_kernel_that_is_itself_a_rank_of_something_launches_as_any_other(runs, monkeypatch):
+    """As in a job of torchrun or SLURM, whose variables the kernel has inherited."""
+    job = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "1"}
+    for name, value in (job | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    run = launch(stages=2, steps=1, model="mobilenet_v3_small", config=SMALL, runs_dir=runs)
+    assert len(run.losses) == 1
 
 
 def test_a_failed_run_raises_in_the_cell_that_launched_it(runs):

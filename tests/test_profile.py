@@ -261,8 +261,8 @@ def test_a_measurement_that_fails_leaves_nothing(cache, monkeypatch):
 def test_launch_measures_before_it_makes_a_run(runs, measured, monkeypatch, capsys):
     watched = []
 
-    def watch(command, *args):
-        watched.append(command)
+    def watch(processes, *args):
+        watched.append(processes[0].command)
         return {"code": 0}
 
     monkeypatch.setitem(launch.__globals__, "watch", watch)
