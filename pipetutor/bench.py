@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipetutor import fetch, machine, profile, records
 from pipetutor.config import read_config
 from pipetutor.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
@@ -247,7 +245,7 @@ def bench(
             f"train batch {train_batch} is {train_batch // micro_batch} micro-batch of {micro_batch}, but torch's "
             f"1F1B needs one for each of {STAGES} stages: use a train batch of at least {STAGES * micro_batch}"
         )
-    free = psutil.virtual_memory().available / 2**30
+    free = machine.memory().free / 2**30
     if free < GIGABYTES:
         raise ValueError(f"the bench takes {GIGABYTES:.0f} GiB of memory, and {free:.1f} are free: close programs")
     fetch.prepare("synthetic", fetch.DATA_DIR)

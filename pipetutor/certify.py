@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipetutor import fetch, records
+from pipetutor import fetch, machine, records
 from pipetutor.kinds import check, list_of, named, whole
 from pipetutor.watch import Parser, ending_with_a_status, run_job
 
@@ -129,7 +127,7 @@ def certify(
     check("micro_batches", micro_batches, list_of(whole(1, 16)))
     check("replicas", replicas, list_of(whole(1, 4)))
     check("runs_dir", runs_dir, "path")
-    room = max(2, int(psutil.virtual_memory().available / 2**30 / GIGABYTES_A_RANK))
+    room = max(2, int(machine.memory().free / 2**30 / GIGABYTES_A_RANK))
     topologies = itertools.product(models, micro_batches, replicas, stages)
     cases: list[dict[str, Any]] = [
         {"model": model, "stages": p, "micro_batches": m, "replicas": r, "control": ""}

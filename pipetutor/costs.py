@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from pipetutor import fetch, machine, records
 from pipetutor.config import read_config
 from pipetutor.kinds import check, list_of, whole
@@ -246,7 +244,7 @@ def measure(
         dropout=dropout,
     )
     needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])
-    free = psutil.virtual_memory().available
+    free = machine.memory().free
     if ranks * needed > free:
         raise ValueError(
             f"{ranks} ranks that each hold all of {model} take {ranks * needed / 2**30:.1f} GiB, and "
