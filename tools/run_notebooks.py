@@ -50,6 +50,7 @@ import course
 from pipetutor.supervise import PR_SET_CHILD_SUBREAPER, descendants, kill_descendants, reap
 
 PR_SET_PDEATHSIG = 1
+JUPYTER = course.ROOT / "tools" / "jupyter"  # its kernel python3 is this Python, whatever the user's is
 KERNEL_SECONDS = 600  # for a kernel to start, and for its last output to come once it says that a cell has ended
 GRACE_SECONDS = 15.0  # for what a notebook has started to end of itself, once its kernel is gone
 TELL_SECONDS = 30.0  # how often a log, which is no terminal, hears of a notebook that is running
@@ -171,6 +172,7 @@ def _execute(source: str, target: str, directory: str, parameters: dict, heard: 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(JUPYTER), os.environ.get("JUPYTER_PATH")]))
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silent, descriptor)
