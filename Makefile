@@ -81,7 +81,7 @@ $(READY): pyproject.toml $(shell test -x $(VENV)/bin/python || echo again)
 			"$(PYTHON)" -m venv --clear $(VENV); \
 		fi
 	@test ! -e $(VENV)/pyvenv.cfg || \
-		find $(VENV) -name '*.dist-info' ! -exec test -e {}/RECORD ';' -prune -exec rm -r {} +
+		find $(VENV) -name '*.dist-info' -prune ! -exec test -e {}/RECORD ';' -exec rm -r {} +
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
 	sed -i '1s|^#!.* .*|#!/usr/bin/env python3|' $(VENV)/bin/deepspeed
 	touch $@
