@@ -8,7 +8,7 @@ NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
 NUMBERS := accumulate certify checkpoint data dropout evaluate memory recompute torch_engine train
 
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
 # What a user has set for other Pythons is none of this one's.
 export PIP_USER := 0
 export PYTHONNOUSERSITE := 1

@@ -26,8 +26,8 @@ IN_VENV = """#!/bin/bash
 here=$(dirname "$0")/..
 case "$*" in
     *"import pip"*) [ -e "$here/pip" ] ;;
-    *"-m pip install"*) env > pip.env; touch "$here/bin/deepspeed"; [ ! -e no-network ] ;;
-    *) echo "ran $*" ;;
+    *"-m pip install"*) env > pip.env; install -m 755 /dev/null "$here/bin/deepspeed"; [ ! -e no-network ] ;;
+    *) echo "ran $*"; command -v deepspeed ;;
 esac
 """
 OLD = """#!/bin/bash
@@ -69,6 +69,12 @@ def test_an_environment_is_made_once(clone):
     later = (clone / ".venv/.pipetutor-ready").stat().st_mtime + 10
     os.utime(clone / "pyproject.toml", (later, later))
     assert made(make(clone))
+
+
+def test_its_programs_are_found_wherever_it_is(clone):
+    for where in ("there", str(clone.parent / "elsewhere")):
+        said = make(clone, f"VENV={where}")
+        assert said.stdout.splitlines()[-1] == str(clone / where / "bin" / "deepspeed"), said.stderr
 
 
 def test_without_ensurepip_it_is_made_once_that_is_there(clone):
