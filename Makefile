@@ -13,6 +13,11 @@ export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
 export PIP_USER := 0
 export PYTHONNOUSERSITE := 1
 unexport PIP_PREFIX PIP_ROOT PIP_TARGET PYTHONHOME PYTHONOPTIMIZE PYTHONPATH PYTHONSAFEPATH
+# Programs keep settings and caches at home: here, where there is none that they can write to.
+ifeq ($(shell test -w "$$HOME" && echo yes),)
+export HOME := $(CURDIR)/build/home
+$(shell mkdir -p build/home)
+endif
 
 .PHONY: run smoke html lab map test other-kernels browser has-chromium prove bench clean
 

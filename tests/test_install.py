@@ -27,7 +27,7 @@ here=$(dirname "$0")/..
 case "$*" in
     *"import pip"*) [ -e "$here/pip" ] ;;
     *"-m pip install"*) env > pip.env; install -m 755 /dev/null "$here/bin/deepspeed"; [ ! -e no-network ] ;;
-    *) echo "ran $*"; command -v deepspeed ;;
+    *) echo "ran $* at $HOME"; command -v deepspeed ;;
 esac
 """
 OLD = """#!/bin/bash
@@ -75,6 +75,17 @@ def test_its_programs_are_found_wherever_it_is(clone):
     for where in ("there", str(clone.parent / "elsewhere")):
         said = make(clone, f"VENV={where}")
         assert said.stdout.splitlines()[-1] == str(clone / where / "bin" / "deepspeed"), said.stderr
+
+
+@pytest.mark.parametrize("home", ["home", "nowhere", ""])
+def test_a_home_that_cannot_be_written_to_has_a_stand_in(clone, home):
+    """JupyterLab does not start without."""
+    (clone.parent / "home").mkdir()
+    said = make(clone, HOME=str(clone.parent / home) if home else "")
+    stand_in = clone / "build" / "home"
+    at = clone.parent / "home" if home == "home" else stand_in
+    assert made(said) and f"ran tools/course.py at {at}\n" in said.stdout
+    assert stand_in.is_dir() == (at == stand_in)
 
 
 def test_without_ensurepip_it_is_made_once_that_is_there(clone):
