@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipetutor import cgroups, machine
+from pipetutor import cgroups, contest, costs, machine
+from pipetutor.launch import rank_environment
 
 GIGABYTE = 2**30
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
@@ -107,11 +108,15 @@ def test_no_limit_of_version_1_is_none(fake):
     assert machine.memory() == (256 * GIGABYTE, 200 * GIGABYTE)
 
 
-def test_two_cores_of_64_give_each_of_two_ranks_one_thread(fake):
-    fake([V2], ["0::/"], {"cgroup/cpu.max": "200000 100000"})
-    env = {"LOCAL_SIZE": "2"}
-    machine.prepare_rank(env, ["--backend", "gloo"])
-    assert env["OMP_NUM_THREADS"] == "1"
+@pytest.mark.parametrize(("cores", "threads"), [(2, "1"), (6, "3")])
+def test_ranks_share_the_cores_of_the_container_however_they_are_started(fake, monkeypatch, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(machine, "gpu_count", lambda *env: 0)
+    fake([V2], ["0::/"], {"cgroup/cpu.max": f"{cores}00000 100000"})
+    launched = rank_environment(0, 2, 29500)  # of DeepSpeed's launcher, too
+    machine.prepare_rank(launched, ["--backend", "gloo"])
+    rivals = contest.environment(contest.RIVALS["pipeline"], 0, 29500)
+    assert {env["OMP_NUM_THREADS"] for env in (launched, costs.environment(2), rivals)} == {threads}
 
 
 def test_the_machine_is_described_as_the_container_that_it_is(fake):
