@@ -89,6 +89,14 @@ def test_a_failure_is_told_and_kept_and_stops_no_other(tmp_path):
     assert str(tmp_path) not in json.dumps(executed.metadata), "no absolute path"
 
 
+def test_a_place_for_results_that_cannot_be_written_is_one_line(tmp_path):
+    write(tmp_path / "n", "00_first")
+    for place, why in (("/dev/null/out", "Not a directory"), ("/proc", "No such file or directory")):
+        said = run(tmp_path / "n", "--output", place)
+        assert said.returncode == 2 and not said.stdout
+        assert said.stderr == f"cannot write to {place}: {why}; give another directory (--output)\n"
+
+
 @pytest.fixture
 def gone(tmp_path, monkeypatch):
     """A user whose kernel python3 is of an environment that is gone, and comes before that of any other."""

@@ -35,6 +35,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import nbformat
@@ -47,6 +48,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 import course
+from pipetutor import disk
 from pipetutor.supervise import PR_SET_CHILD_SUBREAPER, descendants, kill_descendants, reap
 
 PR_SET_PDEATHSIG = 1
@@ -272,7 +274,6 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
         ``ok``, or in one line what went wrong.
     """
     output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
     target, hidden = output / f"{lesson.name}.ipynb", output / f".{lesson.name}.ipynb"
     failed, source = output / f"{lesson.name}.failed.ipynb", output / f".{lesson.name}.source.ipynb"
     for old in (target, hidden, failed, source):
@@ -431,6 +432,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if not chosen:
         print("every executed copy is up to date")
         return 0
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=options.output).close()
+    except OSError as error:
+        print(disk.cannot(f"write to {options.output}", error, "give another directory (--output)"), file=sys.stderr)
+        return 2
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in Unstoppable.SIGNALS:
         signal.signal(number, _stop)
