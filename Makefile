@@ -1,5 +1,6 @@
-# Each target makes the environment first where it is missing or pyproject.toml has changed.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Each target makes the environment first where it is missing or half-made, or pyproject.toml has changed.
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3.11 python3; do $$name -Ec '$(RECENT)' 2> /dev/null && echo $$name && break; done)
 VENV ?= .venv
 READY := $(VENV)/.pipetutor-ready
 # Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 05_schedules"
@@ -7,7 +8,16 @@ NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
 NUMBERS := accumulate certify checkpoint data dropout evaluate memory recompute torch_engine train
 
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
+# What a user has set for other Pythons is none of this one's.
+export PIP_USER := 0
+export PYTHONNOUSERSITE := 1
+unexport PIP_PREFIX PIP_ROOT PIP_TARGET PYTHONHOME PYTHONOPTIMIZE PYTHONPATH PYTHONSAFEPATH
+# Programs keep settings and caches at home: here, where there is none that they can write to.
+ifeq ($(shell test -w "$$HOME" && echo yes),)
+export HOME := $(CURDIR)/build/home
+$(shell mkdir -p build/home)
+endif
 
 .PHONY: run smoke html lab map test other-kernels browser has-chromium prove bench clean
 
@@ -21,8 +31,10 @@ html: $(READY)
 	$(VENV)/bin/python tools/run_notebooks.py --stale
 	$(VENV)/bin/python tools/build_html.py
 
-# A learner's own copies, without answers. JUPYTER_CONFIG_PATH: JupyterLab shows markdown rendered.
-lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/jupyter$(addprefix :,$(JUPYTER_CONFIG_PATH))
+# A learner's own copies, without answers. JUPYTER_CONFIG_PATH: JupyterLab shows markdown rendered. JUPYTER_PATH: the
+# kernel is the Python of this environment, whatever the user has called python3.
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
+lab: export JUPYTER_PATH := $(CURDIR)/tools/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
 lab: $(READY)
 	$(VENV)/bin/python tools/fill_workbook.py
 	$(VENV)/bin/python -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) \
@@ -61,9 +73,20 @@ bench: $(READY)
 clean:
 	rm -rf build runs notebooks/runs .pytest_cache .ruff_cache .mypy_cache
 
-$(READY): pyproject.toml
-	test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
+# A folder of .dist-info without RECORD is what an interrupted installation leaves, and pip would take it for whole.
+# pip writes DeepSpeed's script with a first line that cannot hold a path with spaces.
+.PHONY: again
+$(READY): pyproject.toml $(shell test -x $(VENV)/bin/python || echo again)
+	@{ $(VENV)/bin/python -c 'import pip; $(RECENT)'; } 2> /dev/null || \
+		if ! "$(PYTHON)" -c '$(RECENT)' 2> /dev/null; then \
+			echo "Python 3.11 or later is needed, and $(or $(PYTHON),python3) is none: make run PYTHON=PATH" >&2; exit 1; \
+		elif test -e $(VENV)/bin/python -a ! -e $(VENV)/pyvenv.cfg; then \
+			echo "$(VENV) is an environment without pip, or of a Python before 3.11: give another one" >&2; exit 1; \
+		else \
+			"$(PYTHON)" -m venv --clear $(VENV); \
+		fi
+	@test ! -e $(VENV)/pyvenv.cfg || \
+		find $(VENV) -name '*.dist-info' -prune ! -exec test -e {}/RECORD ';' -exec rm -r {} +
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
-	# pip writes DeepSpeed's script with a first line that cannot hold a path with spaces
 	sed -i '1s|^#!.* .*|#!/usr/bin/env python3|' $(VENV)/bin/deepspeed
 	touch $@

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipetutor import fetch, machine, profile, records
 from pipetutor.config import read_config
 from pipetutor.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
@@ -187,6 +185,7 @@ def bench(
     steps: int = 10,
     repetitions: int = 3,
     more: bool = False,
+    data_dir: str | Path = fetch.DATA_DIR,
     runs_dir: str | Path = "runs",
 ) -> Bench:
     """Let rivals train one after another, in processes of their own; nothing is left running.
@@ -200,6 +199,7 @@ def bench(
         repetitions: how often each rival runs.
         more: also how ours grows with the number of micro-batches and of stages, and how long ``launch`` takes to
             start.
+        data_dir: where the data is or will be.
         runs_dir: where the directory with ``bench.json`` is made.
 
     Returns:
@@ -218,6 +218,7 @@ def bench(
         "repetitions": whole(1, example=3),
         "steps": whole(WARM_UP + 1, example=10),
         "more": "switch",
+        "data_dir": "path",
         "runs_dir": "path",
     }
     given = locals()
@@ -247,11 +248,11 @@ def bench(
             f"train batch {train_batch} is {train_batch // micro_batch} micro-batch of {micro_batch}, but torch's "
             f"1F1B needs one for each of {STAGES} stages: use a train batch of at least {STAGES * micro_batch}"
         )
-    free = psutil.virtual_memory().available / 2**30
+    free = machine.memory().free / 2**30
     if free < GIGABYTES:
         raise ValueError(f"the bench takes {GIGABYTES:.0f} GiB of memory, and {free:.1f} are free: close programs")
-    fetch.prepare("synthetic", fetch.DATA_DIR)
-    cuts = _cuts(micro_batch, GROWING_STAGES if more else (STAGES,))
+    fetch.prepare("synthetic", data_dir)
+    cuts = _cuts(micro_batch, GROWING_STAGES if more else (STAGES,), data_dir)
     directory = records.create(Path(runs_dir), "bench")
     asked = {
         "rivals": list(rivals),
@@ -263,7 +264,7 @@ def bench(
         "cuts": cuts,
     }
     total = repetitions * (len(rivals) + (len(MICRO_BATCHES) + len(GROWING_STAGES) + 1) * more)
-    rows = run_job("pipetutor.contest", directory, asked, {}, total, "runs", _brief)
+    rows = run_job("pipetutor.contest", directory, asked, {fetch.VARIABLE: str(data_dir)}, total, "runs", _brief)
     found = Bench(list(rows), directory, left_out)
     names = ("summary", "growth", "by_stages", "loading", "latency", "others", "wrong", "left_out", "rows")
     measured = {name: getattr(found, name) for name in names}
@@ -272,12 +273,12 @@ def bench(
     return found
 
 
-def _cuts(micro_batch: int, numbers: Sequence[int]) -> dict[str, str]:
+def _cuts(micro_batch: int, numbers: Sequence[int], data_dir: str | Path) -> dict[str, str]:
     """Return the cut of ours for each number of stages: by measured costs, or on GPUs by parameters."""
     if machine.gpu_count() >= STAGES:
         found = {stages: bounds_for(catalog()["alexnet"], stages, "parameters") for stages in numbers}
     else:
-        costs = profile.costs_of("alexnet", micro_batch, STAGES, dropout=0.0)
+        costs = profile.costs_of("alexnet", micro_batch, STAGES, dropout=0.0, data_dir=data_dir)
         found = {stages: profile.choose(costs, stages) for stages in numbers}
     return {str(stages): ",".join(map(str, bounds)) for stages, bounds in found.items()}
 
@@ -297,6 +298,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="whose losses are compared (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
     parser.add_argument("--more", action="store_true", help="also growth with M, and how long launch takes to start")
+    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     with ending_with_a_status():
         args = vars(parser.parse_args())

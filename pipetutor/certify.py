@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipetutor import fetch, records
+from pipetutor import fetch, machine, records
 from pipetutor.kinds import check, list_of, named, whole
 from pipetutor.watch import Parser, ending_with_a_status, run_job
 
@@ -104,6 +102,7 @@ def certify(
     micro_batches: Sequence[int] = (1, 4),
     replicas: Sequence[int] = (1, 2),
     *,
+    data_dir: str | Path = fetch.DATA_DIR,
     runs_dir: str | Path = "runs",
 ) -> Certificate:
     """Compare pipelines with one process, in processes of their own; nothing is left running.
@@ -113,6 +112,7 @@ def certify(
         stages: numbers of pipeline stages P, 1 to 4.
         micro_batches: numbers of micro-batches M, in each step and replica.
         replicas: numbers of copies of the pipeline.
+        data_dir: where the data is or will be.
         runs_dir: where the directory with ``certificate.json`` is made.
 
     Returns:
@@ -128,8 +128,9 @@ def certify(
     check("stages", stages, list_of(whole(1, 4)))
     check("micro_batches", micro_batches, list_of(whole(1, 16)))
     check("replicas", replicas, list_of(whole(1, 4)))
+    check("data_dir", data_dir, "path")
     check("runs_dir", runs_dir, "path")
-    room = max(2, int(psutil.virtual_memory().available / 2**30 / GIGABYTES_A_RANK))
+    room = max(2, int(machine.memory().free / 2**30 / GIGABYTES_A_RANK))
     topologies = itertools.product(models, micro_batches, replicas, stages)
     cases: list[dict[str, Any]] = [
         {"model": model, "stages": p, "micro_batches": m, "replicas": r, "control": ""}
@@ -141,9 +142,10 @@ def certify(
     chosen = [case for case in cases if case not in skipped]
     wrong = {"model": models[-1], "stages": 2, "micro_batches": 4, "replicas": 1}
     chosen += [wrong | {"control": control} for control in CONTROLS]
-    fetch.prepare("synthetic", fetch.DATA_DIR)
+    fetch.prepare("synthetic", data_dir)
     directory = records.create(Path(runs_dir), "certificate")
-    rows = run_job("pipetutor.proof", directory, chosen, ENVIRONMENT, len(chosen), "rows", _brief)
+    env = ENVIRONMENT | {fetch.VARIABLE: str(data_dir)}
+    rows = run_job("pipetutor.proof", directory, chosen, env, len(chosen), "rows", _brief)
     certificate = Certificate(list(rows), skipped, directory)
     content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
     records.write_json(directory / "certificate.json", content)
@@ -166,10 +168,11 @@ def main() -> None:
     parser = Parser(prog="pipetutor.certify", description="does the pipeline equal one process?")
     parser.add_argument("--models", default=",".join(MODELS), help="default %(default)s")
     parser.add_argument("--stages", type=numbers, default=[1, 2, 3, 4], help="default 1,2,3,4")
+    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     with ending_with_a_status():
         args = parser.parse_args()
-        certificate = certify(args.models.split(","), args.stages, runs_dir=args.runs_dir)
+        certificate = certify(args.models.split(","), args.stages, data_dir=args.data_dir, runs_dir=args.runs_dir)
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pipetutor import disk
 from pipetutor.records import write_json
 
 KEEP = 2  # AlexNet with Adam is 0.7 GB a checkpoint
@@ -45,7 +46,7 @@ def find(path: str | Path) -> Path:
             return path
         found = _all(path / "checkpoints")
     except OSError as error:  # as for a name that is too long, or a directory that may not be read
-        raise CheckpointError(f"checkpoint {path}: {error.strerror}; give a run or a checkpoint") from None
+        raise CheckpointError(disk.cannot(f"read checkpoint {path}", error, "give a run or a checkpoint")) from None
     if not found:
         raise CheckpointError(
             f"{path} holds no checkpoint: give a run directory that was saved into (save_every=N, --save-every N), "
@@ -59,8 +60,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def _all(parent: Path) -> list[Path]:
-    """Return the checkpoints in a directory, the oldest first."""
-    return sorted((path for path in parent.glob("step-*") if NAME.fullmatch(path.name)), key=_step)
+    """Return the checkpoints in a directory, the oldest first. To glob(), one that may not be read is empty."""
+    names = os.listdir(parent) if parent.exists() else []
+    return sorted((parent / name for name in names if NAME.fullmatch(name)), key=_step)
 
 
 def _sha256(path: Path) -> str:
@@ -81,9 +83,10 @@ def verify(path: str | Path) -> dict[str, Any]:
         CheckpointError: something is missing or altered.
     """
     path = find(path)
-    others = [other for other in _all(path.parent) if other != path]
-    advice = f"; resume from {others[-1]} instead" if others else ""
+    advice = ""
     try:
+        if others := [other for other in _all(path.parent) if other != path]:
+            advice = f"; resume from {others[-1]} instead"
         manifest = json.loads((path / MANIFEST).read_text())
         files = dict(manifest["files"])
         missing = {"step", "position", "stages", "replicas", "files"} - manifest.keys()
@@ -91,15 +94,22 @@ def verify(path: str | Path) -> dict[str, Any]:
             raise KeyError(min(missing))
         if not isinstance(manifest["step"], int):
             raise TypeError("step")
+        present = {name for name in os.listdir(path) if name.endswith(".safetensors")}
+        if surplus := present - files.keys():
+            raise CheckpointError(
+                f"checkpoint {path} has a file that was not saved with it, {min(surplus)}: remove it"
+            )
+        for name, sha256 in files.items():
+            if name not in present:
+                raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing{advice}")
+            if _sha256(path / name) != sha256:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have its sha256{advice}")
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(disk.cannot(f"read checkpoint {path}", error) + advice) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}){advice}") from None
-    if surplus := {shard.name for shard in path.glob("*.safetensors")} - files.keys():
-        raise CheckpointError(f"checkpoint {path} has a file that was not saved with it, {min(surplus)}: remove it")
-    for name, sha256 in files.items():
-        if not (path / name).exists():
-            raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing{advice}")
-        if _sha256(path / name) != sha256:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have its sha256{advice}")
     return manifest
 
 
@@ -197,9 +207,7 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
 def _name(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its name, then remove older ones, so that ``KEEP`` of them stay with it."""
     for path in [partial / MANIFEST, partial]:  # the tensors have been synced
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)  # else a power cut can keep the name and lose the content
-        os.close(descriptor)
+        disk.sync(path)  # else a power cut can keep the name and lose the content
     if final.exists():
         _remove(final)
     os.rename(partial, final)

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
-from pipetutor import fetch, machine, records
+from pipetutor import disk, fetch, machine, records
 from pipetutor.config import read_config
 from pipetutor.kinds import check, list_of, whole
 from pipetutor.partition import Layer, bounds_for, catalog
@@ -191,6 +189,8 @@ class LayerCosts:
             content = json.loads((Path(directory) / FILE).read_text())
         except FileNotFoundError:
             raise ValueError(f"{directory} holds no costs: {FILE} is missing; measure() writes one") from None
+        except OSError as error:
+            raise ValueError(disk.cannot(f"read the costs in {directory}", error)) from None
         layers = [layer | {"kept": tuple(map(tuple, layer["kept"]))} for layer in content.pop("layers")]
         return cls(**content, layers=tuple(LayerCost(**layer) for layer in layers), directory=Path(directory))
 
@@ -209,6 +209,7 @@ def measure(
     ranks: int = 2,
     *,
     dropout: float | None = None,
+    data_dir: str | Path = fetch.DATA_DIR,
     runs_dir: str | Path = "runs",
 ) -> LayerCosts:
     """Measure what each layer costs on this machine's CPU in fp32, in processes of their own.
@@ -220,6 +221,7 @@ def measure(
         micro_batch: images in a micro-batch.
         ranks: processes that measure at once: the ranks that the pipeline will have.
         dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
+        data_dir: where the data is or will be.
         runs_dir: where the directory with ``costs.json`` is made.
 
     Raises:
@@ -232,6 +234,7 @@ def measure(
     """
     check("micro_batch", micro_batch, "count")
     check("ranks", ranks, "count")
+    check("data_dir", data_dir, "path")
     check("runs_dir", runs_dir, "path")
     preflight(  # as one stage: replicas may make more ranks than a pipeline can have stages
         ranks=1,
@@ -246,17 +249,18 @@ def measure(
         dropout=dropout,
     )
     needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])
-    free = psutil.virtual_memory().available
+    free = machine.memory().free
     if ranks * needed > free:
         raise ValueError(
             f"{ranks} ranks that each hold all of {model} take {ranks * needed / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} are free: use {max(1, free // needed)} ranks or a smaller model"
         )
-    fetch.prepare("synthetic", fetch.DATA_DIR)
+    fetch.prepare("synthetic", data_dir)
     directory = records.create(Path(runs_dir), "costs")
     asked = {"model": model, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
     total = STEPS * MICRO_BATCHES
-    run_job("pipetutor.measurement", directory, asked, environment(ranks), total, "micro-batches", _brief)
+    env = environment(ranks) | {fetch.VARIABLE: str(data_dir)}
+    run_job("pipetutor.measurement", directory, asked, env, total, "micro-batches", _brief)
     return LayerCosts.load(directory)
 
 
@@ -271,10 +275,10 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8, help="default %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
+    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
     parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     with ending_with_a_status():
-        args = parser.parse_args()
-        costs = measure(args.model, args.micro_batch, args.ranks, dropout=args.dropout, runs_dir=args.runs_dir)
+        costs = measure(**vars(parser.parse_args()))
     print(costs)
     print(f"written to {costs.directory / FILE}")
 

@@ -16,9 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
-DATA_DIR = "/tmp/cifar10-data"
+from pipetutor import disk
+
+SHARED_DIR = "/tmp/cifar10-data"  # the reference example's
+VARIABLE = "PIPETUTOR_DATA_DIR"  # of the environment, that puts another in its place
+OTHER = "give another data directory (--data-dir)"
 CONNECT_SECONDS = 15
 STALL_SECONDS = 20
 
@@ -71,12 +76,29 @@ class DataError(ValueError):
     """The data is not there, or not what it should be; the message says what to do."""
 
 
+def own_dir(shared: str = SHARED_DIR) -> str:
+    """Return the data directory of who gives none: the shared one, unless another user has it for themselves.
+
+    What somebody else has made serves, too, once it holds every data set. Else the user has one beside it:
+    ``/tmp/cifar10-data-1001``.
+    """
+    folders = [os.path.join(shared, files.folder) for files in FILES.values()]
+    there = [folder for folder in folders if os.path.lexists(folder)]
+    readable = all(os.access(path, os.R_OK | os.X_OK) for path in [shared, *there])
+    usable = readable and (os.access(shared, os.W_OK) or there == folders)
+    return shared if usable or not os.path.lexists(shared) else f"{shared}-{os.getuid()}"
+
+
+DATA_DIR = os.environ.get(VARIABLE) or own_dir()
+DATA_DIR_HELP = f"where the data is or will be (default {DATA_DIR})"
+
+
 def _verify(path: Path, md5: str) -> None:
     try:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make it readable, or give another data directory") from None
+        raise DataError(disk.cannot(f"read {path}", error, OTHER)) from None
     if found != md5:
         raise DataError(
             f"{path} is damaged or altered: its md5 is {found}, not {md5}. It was left as it is and is not used; "
@@ -92,11 +114,16 @@ def ready(dataset: str, data_dir: str | Path) -> bool:
     """
     files = FILES[dataset]
     folder = Path(data_dir) / files.folder
-    if not folder.exists():
-        return False
+    try:
+        if not folder.exists():
+            return False
+        if missing := [name for name in files.md5 if not (folder / name).exists()]:
+            raise DataError(
+                f"{folder / missing[0]} is missing; move {folder} away, and the next run fetches it again"
+            )
+    except PermissionError as error:
+        raise DataError(disk.cannot(f"read {folder}", error, OTHER)) from None
     for name, md5 in files.md5.items():
-        if not (folder / name).exists():
-            raise DataError(f"{folder / name} is missing; move {folder} away, and the next run fetches it again")
         _verify(folder / name, md5)
     return True
 
@@ -142,11 +169,7 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
     except DataError:
         raise
     except OSError as error:
-        advice = "" if isinstance(error, FileExistsError | NotADirectoryError) else "free the disk, or "
-        raise DataError(
-            f"cannot write the {dataset} data to {data_dir}: {error.strerror or error}; {advice}give another data "
-            "directory (--data-dir)"
-        ) from None
+        raise DataError(disk.cannot(f"write the {dataset} data to {data_dir}", error, OTHER)) from None
 
 
 def _make(dataset: str, data_dir: Path, work: Path) -> None:
@@ -160,47 +183,54 @@ def _make(dataset: str, data_dir: Path, work: Path) -> None:
     given = data_dir / files.archive
     if given.exists():
         _verify(given, files.archive_md5)
-        (work / files.archive).symlink_to(given.resolve())
-    _download(data_dir, work)
+        shutil.unpack_archive(given, work)
+    else:
+        _download(data_dir, work)
 
 
 def _download(data_dir: Path, work: Path) -> None:
-    """Let torchvision fetch and unpack CIFAR-10; an archive that is already in ``work`` is not fetched."""
+    """Let torchvision fetch and unpack CIFAR-10, and keep the archive."""
     from pipetutor.uncompiled import torchvision
 
     url = torchvision.datasets.CIFAR10.url
 
-    files = FILES["cifar10"]
+    archive = FILES["cifar10"].archive
     timeout = socket.getdefaulttimeout()
     try:
-        if not (work / files.archive).exists():
-            _connect(url)
-            socket.setdefaulttimeout(STALL_SECONDS)  # urllib waits for ever otherwise
+        _connect(url)
+        socket.setdefaulttimeout(STALL_SECONDS)  # urllib waits for ever otherwise
         torchvision.datasets.CIFAR10(str(work), download=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # urllib raises several kinds, by what is wrong with the network or a proxy
+        if disk.full(error):
+            raise
         raise DataError(
-            f"CIFAR-10 is not in {data_dir}, and fetching {url} failed ({error}). Two ways on: take the "
-            f"embedded data with --dataset synthetic, or put {files.archive} into {data_dir}"
+            f"CIFAR-10 is not in {data_dir}, and fetching {url}{_proxy(url)} failed ({error}). Two ways on: take the "
+            f"embedded data with --dataset synthetic, or put {archive} into {data_dir}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-    archive = work / files.archive
-    if not archive.is_symlink():
-        os.replace(archive, data_dir / files.archive)
+    os.replace(work / archive, data_dir / archive)
+
+
+def _proxy(url: str) -> str:
+    """Say through which proxy urllib asks for ``url``; a password in its address is nobody's business."""
+    scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
+    found = getproxies().get(scheme)
+    return f" through {scheme}_proxy={found.split('@')[-1]}" if found and not proxy_bypass(host) else ""
 
 
 def _connect(url: str) -> None:
-    """Raise OSError within CONNECT_SECONDS unless ``url`` answers, through a proxy where one is set.
+    """Raise an error within CONNECT_SECONDS unless ``url`` answers, through a proxy where one is set.
 
     A name that does not resolve can block for a minute, and no timeout reaches it; hence the thread.
     """
-    outcome: list[OSError | None] = []
+    outcome: list[Exception | None] = []
 
     def attempt() -> None:
         try:
             urlopen(Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
             outcome.append(None)
-        except OSError as error:
+        except Exception as error:
             outcome.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipetutor import fetch, machine, records
+from pipetutor import disk, fetch, machine, records
 from pipetutor.batch import explain
 from pipetutor.config import read_config
 from pipetutor.diagnosis import diagnose
@@ -176,7 +176,7 @@ def launch(
         optional = {
             "--model": model if model != "alexnet" else None,
             "--dataset": dataset if dataset != "synthetic" else None,
-            "--data-dir": data_dir if str(data_dir) != fetch.DATA_DIR else None,
+            "--data-dir": data_dir if str(data_dir) != fetch.SHARED_DIR else None,
             "--partition": partition if partition != "parameters" else None,
             "--dropout": dropout,
             "--eval-every": eval_every,
@@ -195,7 +195,7 @@ def launch(
         command = _deepspeed(ranks) + arguments
         records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
     except OSError as error:
-        raise ValueError(f"cannot write the run to {directory}: {error.strerror}; free the disk") from None
+        raise ValueError(disk.cannot(f"write the run to {directory}", error, "give another runs_dir")) from None
     explained = explain(whole_config, stages, replicas, schedule, chunks)
     for line in filter(None, [explained, plan.notice, table, shlex.join(command)]):
         print(line)

@@ -6,21 +6,45 @@ once, at import.
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import shutil
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
+
+from pipetutor import cgroups
 
 PINNED = ("torch", "torchvision", "deepspeed", "numpy", "jupyterlab", "papermill")
 
 
+class Memory(NamedTuple):
+    """Bytes that this process and those beside it may take in all, and those that are still free."""
+
+    total: int
+    free: int
+
+
 def cpu_cores() -> int:
-    """Return the number of cores that this process may run on (its affinity, not the host's total)."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of cores that this process may keep busy: of its affinity and its container, the least."""
+    return min(len(os.sched_getaffinity(0)), max(1, math.ceil(min(cgroups.quota(), os.cpu_count() or 1))))
+
+
+def memory() -> Memory:
+    """Return the memory of this machine, or of the container that this process is in."""
+    host = psutil.virtual_memory()
+    limits = cgroups.memory()
+    total = min([host.total, *(limit for limit, _ in limits)])
+    return Memory(total, max(0, min([host.available, *(limit - used for limit, used in limits)])))
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed here for want of memory; compare it before and after a run."""
+    return cgroups.oom_kills()
 
 
 def cpu_name() -> str:
@@ -103,15 +127,15 @@ def check() -> list[tuple[str, str, str]]:
         Rows of (what, found, advice); the advice is empty where nothing needs doing.
     """
     cores, gpus = cpu_cores(), gpu_count()
-    memory = psutil.virtual_memory().total / 2**30
+    gigabytes = memory().total / 2**30
     free = shutil.disk_usage(os.getcwd()).free / 2**30
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     rows = [
         ("CPU cores", str(cores), "" if cores >= 2 else "two stages will share one core: expect no speed-up"),
         (
             "memory",
-            f"{memory:.0f} GiB",
-            "" if memory >= 7.5 else "two stages need about 8 GB: close programs",
+            f"{gigabytes:.0f} GiB",
+            "" if gigabytes >= 7.5 else "two stages need about 8 GB: close programs, or give the container more",
         ),
         ("free disk", f"{free:.0f} GiB", "" if free >= 3 else "checkpoints and data need 3 GB: free some space"),
         ("GPUs", str(gpus), "" if gpus >= 2 else "none needed: the pipeline runs on the CPU with gloo"),

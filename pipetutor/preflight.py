@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipetutor import checkpoint, machine
 from pipetutor.batch import Batch, batch_arithmetic
 from pipetutor.bubble import idle_share
@@ -213,6 +215,8 @@ def preflight(
                 f"nothing is left to do: the checkpoint stands after step {done}, and steps is {steps}, counted from "
                 f"the first run's start; give it at least {done + 1}, or evaluate the checkpoint (eval_every=1)"
             )
+    if chosen == "gloo" and not half and local_ranks == ranks and done < steps:
+        _check_memory(model, sum(layer.parameters for layer in layers), config, zero_stage, batch.replicas)
     if fault is not None:
         Fault.parse(fault).check(ranks, stages, steps)
     if engine == "deepspeed" and schedule != "1f1b":
@@ -289,6 +293,22 @@ def _check_optimizer_can_be_saved(config: dict[str, Any], zero_stage: int) -> No
         raise ValueError(
             f"zero_optimization stage {zero_stage} cannot be saved or resumed: it splits each optimizer tensor over "
             "replicas; use stage 0"
+        )
+
+
+def _check_memory(model: str, parameters: int, config: dict[str, Any], zero_stage: int, replicas: int) -> None:
+    """Refuse what surely does not fit: a step holds weights, gradients and the optimizer's moments, all at once."""
+    kind = config["optimizer"]["type"]
+    moments = {"Adam": 2, "AdamW": 2, "Adagrad": 1}.get(kind, 0)
+    shared = (1 + moments) if zero_stage else 0  # ZeRO splits them over the replicas
+    needed = 4 * parameters * (shared + replicas * (2 + moments - shared))
+    there = machine.memory().total + psutil.swap_memory().total
+    if needed > there:
+        copies = f" in {replicas} replicas" if replicas > 1 else ""
+        raise ValueError(
+            f"{model} and {kind}{copies} take {needed / 2**30:.1f} GiB, weights, gradients and moments alone, and "
+            f"this machine, or the container on it, has {there / 2**30:.1f} GiB: give it more, or use "
+            + ("fewer replicas" if replicas > 1 else "a smaller model")
         )
 
 

@@ -1,6 +1,6 @@
 """``--partition profile``: cut where measured times say, and measure only once.
 
-    ~/.cache/pipetutor/alexnet-0f3a91c2d4e5/     (or $XDG_CACHE_HOME/pipetutor/...)
+    ~/.cache/pipetutor/alexnet-0f3a91c2d4e5/     (or $XDG_CACHE_HOME/pipetutor/..., or in /tmp: see home())
         costs.json   what each layer costs here; see ``pipetutor.costs``
         key.json     what it holds for: model, micro-batch, ranks, threads, versions, machine
 
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipetutor import fetch, machine, records
+from pipetutor import disk, fetch, machine, records
 from pipetutor.costs import FILE, LayerCosts, environment, measure
 from pipetutor.partition import Layer, bounds_for, catalog, fastest
 from pipetutor.preflight import Plan
@@ -31,6 +31,18 @@ STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two
 DTYPE = "float32"
 # What keeps torch, oneDNN and MKL from instructions that the CPU has.
 INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+
+
+def home() -> Path:
+    """Return where costs are kept: in the user's cache, or where there is none, or a read-only one, in /tmp."""
+    if found := os.environ.get("XDG_CACHE_HOME"):
+        return Path(found) / "pipetutor"
+    with contextlib.suppress(RuntimeError):  # a user whom the machine does not know, as in a container
+        place = Path.home() / ".cache" / "pipetutor"
+        there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+        if os.access(there, os.W_OK | os.X_OK):
+            return place
+    return Path(tempfile.gettempdir(), f"pipetutor-{os.getuid()}")
 
 
 def cached(model: str, micro_batch: int, ranks: int, dropout: float | None = None) -> Path:
@@ -42,9 +54,8 @@ def cached(model: str, micro_batch: int, ranks: int, dropout: float | None = Non
         ranks: ranks on this host.
         dropout: probability for every dropout layer; None keeps the model's own.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = json.dumps(_key(model, micro_batch, ranks, dropout), sort_keys=True)
-    return home / "pipetutor" / f"{model}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return home() / f"{model}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _key(model: str, micro_batch: int, ranks: int, dropout: float | None) -> dict[str, object]:
@@ -74,7 +85,14 @@ def _read(directory: Path, model: str) -> LayerCosts | None:
     return costs
 
 
-def costs_of(model: str, micro_batch: int, ranks: int, dropout: float | None = None) -> LayerCosts:
+def costs_of(
+    model: str,
+    micro_batch: int,
+    ranks: int,
+    dropout: float | None = None,
+    *,
+    data_dir: str | Path = fetch.DATA_DIR,
+) -> LayerCosts:
     """Return what each layer costs on this host, from the cache, or measured into it.
 
     Any number of processes may ask at once: one measures, with a progress bar, and the others wait for it.
@@ -84,6 +102,7 @@ def costs_of(model: str, micro_batch: int, ranks: int, dropout: float | None = N
         micro_batch: images in a micro-batch.
         ranks: ranks on this host, all replicas together: as many processes measure at once.
         dropout: probability for every dropout layer; None keeps the model's own.
+        data_dir: where the data is or will be.
 
     Raises:
         ValueError: something asked for cannot work, or the cache cannot be written.
@@ -105,15 +124,13 @@ def costs_of(model: str, micro_batch: int, ranks: int, dropout: float | None = N
             )
             work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
             try:
-                measured = measure(model, micro_batch, ranks, dropout=dropout, runs_dir=work)
+                measured = measure(model, micro_batch, ranks, dropout=dropout, data_dir=data_dir, runs_dir=work)
                 records.write_json(place / "key.json", _key(model, micro_batch, ranks, dropout))
                 os.replace(measured.directory / FILE, place / FILE)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise ValueError(
-            f"cannot keep costs in {place}: {error.strerror or error}; free the disk, or set XDG_CACHE_HOME"
-        ) from None
+        raise ValueError(disk.cannot(f"keep costs in {place}", error, "set XDG_CACHE_HOME")) from None
     return replace(measured, directory=place)
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipetutor import disk
+
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 
@@ -55,9 +57,7 @@ def create(parent: Path, name: str) -> Path:
             write_json(directory / "run.json", {"status": "starting"})
             return directory.resolve()
     except OSError as error:
-        raise ValueError(
-            f"cannot write runs to {parent}: {error.strerror or error}; give another runs_dir, or free the disk"
-        ) from None
+        raise ValueError(disk.cannot(f"write runs to {parent}", error, "give another runs_dir")) from None
     raise ValueError(f"cannot find a free name for a run in {parent}")
 
 
@@ -225,5 +225,7 @@ class Run:
             )
         except FileNotFoundError:
             raise ValueError(f"{directory} holds no run: run.json is missing") from None
+        except OSError as error:
+            raise ValueError(disk.cannot(f"read run {directory}", error)) from None
         except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{directory} holds a damaged or unfinished record: {error!r}") from None

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipetutor import checkpoint, faults, profile, records
+from pipetutor import checkpoint, disk, faults, profile, records
 from pipetutor.batch import explain
 from pipetutor.config import DTYPES, read_config
 from pipetutor.data import cifar_testset, cifar_trainset
 from pipetutor.engine import data_parallel, pipeline, release_inputs, say
-from pipetutor.fetch import DATA_DIR, DataError
+from pipetutor.fetch import DATA_DIR, DATA_DIR_HELP, DataError
 from pipetutor.heartbeat import Heartbeat
 from pipetutor.kinds import check, whole
 from pipetutor.launch import free_port
@@ -75,7 +75,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", help=f"{' or '.join(BACKENDS)} (default: nccl where every rank has a GPU)")
     parser.add_argument("--seed", type=int, default=1138, help="of weights, dropout and data order")
     parser.add_argument("--dataset", default="synthetic", help=f"{' or '.join(DATASET_SIZES)} (default synthetic)")
-    parser.add_argument("--data-dir", default=DATA_DIR, help=f"default {DATA_DIR}")
+    parser.add_argument("--data-dir", default=DATA_DIR, help=DATA_DIR_HELP)
     parser.add_argument("--model", default="alexnet", help="a torchvision model that join_layers can flatten")
     parser.add_argument("--partition", default="parameters", help=METHODS)
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
@@ -289,8 +289,8 @@ def main() -> None:
                 args.run_dir.mkdir(parents=True, exist_ok=True)
                 Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
             except OSError as error:
-                advice = "give another directory, or free the disk"
-                raise ValueError(f"cannot write --run-dir {args.run_dir}: {error.strerror}; {advice}") from None
+                words = disk.cannot(f"write --run-dir {args.run_dir}", error, "give another directory")
+                raise ValueError(words) from None
         profiled, table = stages > 0 and args.partition == PROFILE, ""
         if profiled and rank == 0:  # the others wait for it to join
             plan, table = profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)

@@ -3,13 +3,14 @@
 python -m pipetutor.weights runs/20261124-101502-p2r1 alexnet.pt
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pipetutor import checkpoint
+from pipetutor import checkpoint, disk
 from pipetutor.checkpoint import CheckpointError
 from pipetutor.kinds import check
 from pipetutor.watch import Parser, ending_with_a_status
@@ -40,9 +41,11 @@ def export(path: str | Path, file: str | Path) -> None:
         torch.save({name.removeprefix("model."): tensor for name, tensor in state.items()}, partial)
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write the weights to {file}: {error}") from None
+        error = error if isinstance(error, OSError) else OSError(str(error))  # torch's own, for a missing directory
+        raise CheckpointError(disk.cannot(f"write the weights to {file}", error)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a directory that is none, or not ours
+            partial.unlink()
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:

@@ -37,6 +37,7 @@ def equal_but_for_rounding(found: list[float], wanted: list[float], mistaken: li
 # sides of a comparison add up in the same order.
 for _name, _value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}.items():
     os.environ.setdefault(_name, _value)
+os.environ["JUPYTER_PATH"] = str(Path(__file__).parents[1] / "tools" / "jupyter")  # whose kernel is this Python
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["pipetutor.train", "pipetutor.proof"])
 

@@ -77,7 +77,8 @@ def place(tmp_path, monkeypatch) -> Iterator[Path]:
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(ROOT / "tools" / "jupyter"))  # as make lab has it
+    for name in ("JUPYTER_CONFIG_PATH", "JUPYTER_PATH"):  # as make lab has them
+        monkeypatch.setenv(name, str(ROOT / "tools" / "jupyter"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     settings = {"ServerApp": {"port": free_port(), "port_retries": 0, "allow_root": os.getuid() == 0}}

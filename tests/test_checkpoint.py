@@ -1,18 +1,20 @@
 """What a run learned is kept: the same losses after a resume, on any topology, and never half a checkpoint."""
 
+import errno
 import functools
 import json
 import os
 import pickle
 import shutil
 import signal
+import stat
 
 import pytest
 import torch
 import torchvision
 from conftest import SMALL, SMALL_SGD, RankFailed, equal_but_for_rounding, train
 
-from pipetutor import checkpoint, weights
+from pipetutor import checkpoint, disk, weights
 from pipetutor.checkpoint import CheckpointError
 from pipetutor.layers import build
 
@@ -251,6 +253,31 @@ def disk_full_at_step_two():
         save(*args, **kwargs)
 
     dcp.save = full
+
+
+def directories_cannot_be_synced():
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    os.fsync = fsync
+
+
+def test_a_file_system_that_syncs_no_directory_holds_checkpoints(runs):
+    train(runs, "-s", 1, "--save-every", 1, *MOBILE, patch=directories_cannot_be_synced)
+    assert checkpoint.verify(runs)["step"] == 1
+
+
+def test_a_disk_that_fails_while_it_syncs_is_no_such_file_system(tmp_path, monkeypatch):
+    def fails(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.sync(tmp_path)
 
 
 @pytest.mark.parametrize("patch", [killed_while_it_saves_step_two, disk_full_at_step_two])

@@ -129,6 +129,45 @@ def test_a_network_that_never_answers_ends_in_time(tmp_path, monkeypatch):
             prepare("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    ["garbage", "http://127.0.0.1:port", "http://", "://", "socks5://127.0.0.1:9", "http://me:secret@127.0.0.1:9"],
+)
+def test_a_proxy_that_cannot_be_used_is_named_at_once(tmp_path, monkeypatch, capfd, proxy):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://cifar.invalid/cifar-10-python.tar.gz")
+    begin = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        prepare("cifar10", tmp_path)
+    assert time.monotonic() - begin < fetch.CONNECT_SECONDS
+    said = str(caught.value)
+    assert f"through http_proxy={proxy.removeprefix('http://me:secret@')} failed (" in said and "secret" not in said
+    assert "--dataset synthetic" in said and "\n" not in said and "Traceback" not in capfd.readouterr().err
+
+
+def test_an_archive_that_was_put_there_is_unpacked_without_a_symlink_or_a_network(tmp_path, monkeypatch):
+    folder = tmp_path / "packed" / FILES["cifar10"].folder
+    folder.mkdir(parents=True)
+    synthetic.write(folder)
+    (tmp_path / "data").mkdir()
+    archive = tmp_path / "data" / FILES["cifar10"].archive
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    drawn = fetch.Files(folder.name, FILES["synthetic"].md5, archive.name, md5)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setitem(FILES, "cifar10", drawn)
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(fetch, "_download", refuse)
+    prepare("cifar10", tmp_path / "data")
+    assert ready("cifar10", tmp_path / "data") and archive.exists()
+
+
 def pretend_cifar10(url: str, archive_md5: str) -> None:
     """In this process, CIFAR-10 is a small archive that a local server has."""
     cifar, drawn = torchvision.datasets.CIFAR10, FILES["synthetic"]
@@ -215,7 +254,9 @@ def test_passes_are_shuffled_anew_and_never_ragged(size, replicas):
 def test_a_full_or_read_only_disk_is_a_clear_error(tmp_path, monkeypatch):
     place = tmp_path / "file"
     place.write_text("not a directory")
-    with pytest.raises(DataError, match="cannot write the synthetic data to"):
+    with pytest.raises(
+        DataError, match=r"cannot write the synthetic data to .*: File exists; give another data directory"
+    ):
         prepare("synthetic", place)
 
     def no_space(folder):
@@ -223,7 +264,7 @@ def test_a_full_or_read_only_disk_is_a_clear_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synthetic, "write", no_space)
-    with pytest.raises(DataError, match="No space left on device; free the disk"):
+    with pytest.raises(DataError, match="No space left on device; free the disk, or give another data directory"):
         prepare("synthetic", tmp_path)
     assert not ready("synthetic", tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from deepspeed.runtime import lr_schedules
@@ -57,6 +58,13 @@ def typed_at_port(port):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_PORT", port)
         return typed("")
+
+
+def planned_in_a_container(change, gigabytes=0.5):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "memory", lambda: machine.Memory(gigabytes * 2**30, 0))
+        patch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=0))
+        return planned(change)
 
 
 def exported(paths):
@@ -202,6 +210,17 @@ WRONG = [
         ["stage 1", "not SGD", "untested"],
     ),
     (planned, dict(config=GOOD["config"] | {"fp16": {"enabled": True}}), ["fp16", "GPU", "dtype='fp32'"]),
+    # Memory: 57 million parameters, of 4 bytes each.
+    (
+        planned_in_a_container,
+        dict(config=read_config({})),
+        ["alexnet and Adam take 0.9 GiB", "has 0.5", "smaller model"],
+    ),
+    (
+        planned_in_a_container,
+        dict(ranks=4, config=batch(16, 8)),
+        ["alexnet and SGD in 2 replicas take 0.9 GiB", "container", "has 0.5 GiB", "fewer replicas"],
+    ),
     # A cell.
     (launched, dict(stages="2"), ["stages is '2'"]),
     (launched, dict(replicas=0), ["replicas is 0", "at least 1"]),
@@ -408,6 +427,16 @@ def test_wrong_input_is_refused_in_one_line(call, given, words, nothing_starts, 
 def test_what_is_near_the_wrong_inputs_is_accepted(change):
     """The table's controls."""
     planned(change)
+
+
+def test_what_fits_into_memory_is_accepted():
+    planned_in_a_container({})  # SGD keeps nothing
+    zero = read_config({"zero_optimization": {"stage": 1}})
+    planned_in_a_container(dict(ranks=4, config=zero), 1.1)  # ZeRO keeps the moments of one replica
+    with pytest.raises(ValueError, match=r"take 1.1 GiB"):
+        planned_in_a_container(dict(ranks=4, config=zero), 1.0)
+    with pytest.raises(ValueError, match=r"take 1.7 GiB"):
+        planned_in_a_container(dict(ranks=4, config=read_config({})), 1.1)
 
 
 @pytest.mark.parametrize(

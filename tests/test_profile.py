@@ -174,7 +174,7 @@ def measured(cache, monkeypatch):
     """What was asked of the measurement, which takes a moment and makes numbers up."""
     asked = []
 
-    def measure(model, micro_batch, ranks, *, dropout, runs_dir):
+    def measure(model, micro_batch, ranks, *, dropout, data_dir, runs_dir):
         asked.append((model, micro_batch, ranks, dropout))
         time.sleep(0.2)
         return dump(drawn(model, seed=7), runs_dir / f"costs-{len(asked)}")

@@ -89,6 +89,46 @@ def test_a_failure_is_told_and_kept_and_stops_no_other(tmp_path):
     assert str(tmp_path) not in json.dumps(executed.metadata), "no absolute path"
 
 
+def test_a_place_for_results_that_cannot_be_written_is_one_line(tmp_path):
+    write(tmp_path / "n", "00_first")
+    for place, why in (("/dev/null/out", "Not a directory"), ("/proc", "No such file or directory")):
+        said = run(tmp_path / "n", "--output", place)
+        assert said.returncode == 2 and not said.stdout
+        assert said.stderr == f"cannot write to {place}: {why}; give another directory (--output)\n"
+
+
+@pytest.fixture
+def gone(tmp_path, monkeypatch):
+    """A user whose kernel python3 is of an environment that is gone, and comes before that of any other."""
+    kernel = tmp_path / "data" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    about = {"argv": ["/opt/gone/python", "-f", "{connection_file}"], "display_name": "Gone", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(about))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "data"))
+
+
+def test_the_kernel_is_this_python_whatever_the_user_calls_python3(tmp_path, gone):
+    write(tmp_path / "n", "00_first", "import sys\nprint(sys.executable)")
+    said = run(tmp_path / "n")
+    assert verdicts(said) == {"00_first": "ok"}
+    executed = nbformat.read(tmp_path / "n" / "out" / "00_first.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == f"{sys.executable}\n"
+
+
+def test_so_it_is_in_jupyterlab(tmp_path, gone):
+    look = "from jupyter_client.kernelspec import KernelSpecManager as M; print(M().get_kernel_spec('python3').argv)"
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\n[[ "$*" != *jupyterlab* ]] || exec {sys.executable} -c "{look}"\n')
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".pipetutor-ready").touch()
+    lab = ["make", "--silent", "lab", f"VENV={tmp_path / 'venv'}"]
+    said = subprocess.run(lab, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
+    assert said.stdout == "['python', '-m', 'ipykernel_launcher', '-f', '{connection_file}']\n", said.stderr
+
+
 def test_nothing_starts_with_a_parameter_or_a_notebook_that_is_not_there(tmp_path):
     write(tmp_path / "n", "00_first", "print(steps)", parameters="steps = 3\nrate = 1e-4")
     for words, said in (

@@ -35,6 +35,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import nbformat
@@ -47,9 +48,11 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 import course
+from pipetutor import disk
 from pipetutor.supervise import PR_SET_CHILD_SUBREAPER, descendants, kill_descendants, reap
 
 PR_SET_PDEATHSIG = 1
+JUPYTER = course.ROOT / "tools" / "jupyter"  # its kernel python3 is this Python, whatever the user's is
 KERNEL_SECONDS = 600  # for a kernel to start, and for its last output to come once it says that a cell has ended
 GRACE_SECONDS = 15.0  # for what a notebook has started to end of itself, once its kernel is gone
 TELL_SECONDS = 30.0  # how often a log, which is no terminal, hears of a notebook that is running
@@ -171,6 +174,7 @@ def _execute(source: str, target: str, directory: str, parameters: dict, heard: 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(JUPYTER), os.environ.get("JUPYTER_PATH")]))
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silent, descriptor)
@@ -270,7 +274,6 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
         ``ok``, or in one line what went wrong.
     """
     output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
     target, hidden = output / f"{lesson.name}.ipynb", output / f".{lesson.name}.ipynb"
     failed, source = output / f"{lesson.name}.failed.ipynb", output / f".{lesson.name}.source.ipynb"
     for old in (target, hidden, failed, source):
@@ -429,6 +432,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if not chosen:
         print("every executed copy is up to date")
         return 0
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=options.output).close()
+    except OSError as error:
+        print(disk.cannot(f"write to {options.output}", error, "give another directory (--output)"), file=sys.stderr)
+        return 2
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in Unstoppable.SIGNALS:
         signal.signal(number, _stop)
