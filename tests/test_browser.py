@@ -273,7 +273,7 @@ def _assert_all_ran(page: Page, notebook: nbformat.NotebookNode) -> None:
 
 
 def test_the_slider_changes_the_figure(place):
-    notebook = read("05_schedules.ipynb", upto="interact(")
+    notebook = read("05_schedules.ipynb", upto="explore(")
     with jupyterlab(place, "05_schedules.ipynb", notebook) as page:
         choose(page, "Run", "Run All Cells")
         cell = cell_of(page, len(notebook.cells) - 1)
@@ -281,7 +281,7 @@ def test_the_slider_changes_the_figure(place):
         expect(micro_batches).to_be_visible(timeout=RUN * 1000)
         idle(page, RUN)
         _assert_all_ran(page, notebook)
-        picture = cell.locator(".widget-output img")
+        picture = cell.locator(".widget-html img")
         picture.scroll_into_view_if_needed()
         screenshot(page, "slider-1")
         assert picture.evaluate(PICTURE_SIZE)[1] > 300
