@@ -61,7 +61,8 @@ def explore(draw: Callable[..., Picture], **ranges: Any) -> Any:
     def redraw(_: object = None) -> None:
         picture = draw(**{name: control.value for name, control in controls.items()})
         content = base64.b64encode(picture._repr_png_()).decode()
-        shown.value = f'<img alt="{html.escape(picture.description)}" src="data:image/png;base64,{content}">'
+        source, words = f"data:image/png;base64,{content}", html.escape(picture.description)
+        shown.value = f'<img style="max-width: 100%" alt="{words}" src="{source}">'
 
     for name, control in controls.items():
         control.description = name

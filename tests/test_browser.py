@@ -303,6 +303,8 @@ def test_the_slider_changes_the_figure(place):
         expect(picture).not_to_have_attribute("src", before)
         idle(page, SOON)
         assert picture.evaluate(PICTURE_SIZE)[1] > 300
+        seen, room = picture.bounding_box(), cell.locator(".jp-OutputArea").bounding_box()
+        assert seen["x"] + seen["width"] <= room["x"] + room["width"], "the picture is cut off"
         screenshot(page, "slider-3-by-mouse")
         choose(page, "Settings", "Theme", "JupyterLab Dark")
         expect(page.locator("body")).to_have_attribute("data-jp-theme-name", "JupyterLab Dark")
