@@ -4,7 +4,11 @@ A figure also has a ``description``, a sentence with the numbers that matter, fo
 """
 
 import base64
+import html
+import inspect
 import io
+from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,6 +36,39 @@ class Picture(Figure):
         content = io.BytesIO()
         self.savefig(content, format="png", dpi=100)
         return content.getvalue()
+
+
+def explore(draw: Callable[..., Picture], **ranges: Any) -> Any:
+    """Return a control for each argument of a function, with the picture that the function draws of their values.
+
+    ipywidgets' ``interact`` does the same with an Output widget, for which nbclient, and so papermill and nbgrader,
+    now and then wait for ever (https://github.com/jupyter/nbclient/issues/312).
+
+    Args:
+        draw: draws with the values of the controls; its defaults are shown first.
+        ranges: for each argument what ``interact`` takes: (least, most), or a list of choices.
+
+    >>> explore(lambda ranks=2: timelines({"": played("1f1b", ranks, 4)}), ranks=(1, 8))  # doctest: +SKIP
+    """
+    from ipywidgets import HTML, VBox, interactive
+
+    defaults = inspect.signature(draw).parameters
+    controls = {
+        name: interactive.widget_from_abbrev(values, defaults[name].default) for name, values in ranges.items()
+    }
+    shown = HTML()
+
+    def redraw(_: object = None) -> None:
+        picture = draw(**{name: control.value for name, control in controls.items()})
+        content = base64.b64encode(picture._repr_png_()).decode()
+        source, words = f"data:image/png;base64,{content}", html.escape(picture.description)
+        shown.value = f'<img style="max-width: 100%" alt="{words}" src="{source}">'
+
+    for name, control in controls.items():
+        control.description = name
+        control.observe(redraw, "value")
+    redraw()
+    return VBox([*controls.values(), shown])
 
 
 def brief(value: float) -> str:

@@ -273,7 +273,7 @@ def _assert_all_ran(page: Page, notebook: nbformat.NotebookNode) -> None:
 
 
 def test_the_slider_changes_the_figure(place):
-    notebook = read("05_schedules.ipynb", upto="interact(")
+    notebook = read("05_schedules.ipynb", upto="explore(")
     with jupyterlab(place, "05_schedules.ipynb", notebook) as page:
         choose(page, "Run", "Run All Cells")
         cell = cell_of(page, len(notebook.cells) - 1)
@@ -281,7 +281,7 @@ def test_the_slider_changes_the_figure(place):
         expect(micro_batches).to_be_visible(timeout=RUN * 1000)
         idle(page, RUN)
         _assert_all_ran(page, notebook)
-        picture = cell.locator(".widget-output img")
+        picture = cell.locator(".widget-html img")
         picture.scroll_into_view_if_needed()
         screenshot(page, "slider-1")
         assert picture.evaluate(PICTURE_SIZE)[1] > 300
@@ -303,6 +303,8 @@ def test_the_slider_changes_the_figure(place):
         expect(picture).not_to_have_attribute("src", before)
         idle(page, SOON)
         assert picture.evaluate(PICTURE_SIZE)[1] > 300
+        seen, room = picture.bounding_box(), cell.locator(".jp-OutputArea").bounding_box()
+        assert seen["x"] + seen["width"] <= room["x"] + room["width"], "the picture is cut off"
         screenshot(page, "slider-3-by-mouse")
         choose(page, "Settings", "Theme", "JupyterLab Dark")
         expect(page.locator("body")).to_have_attribute("data-jp-theme-name", "JupyterLab Dark")

@@ -9,6 +9,7 @@ import pytest
 from pipetutor import Run, plots
 from pipetutor.costs import LayerCost, LayerCosts
 from pipetutor.partition import catalog
+from pipetutor.picture import Picture, explore
 
 
 @pytest.fixture
@@ -77,3 +78,24 @@ def test_sample_images():
 
 def test_rate_leaves_the_first_step_out(run):
     assert run.samples_per_second == 16
+
+
+def test_a_control_draws_the_picture_anew(monkeypatch):
+    """Without an Output widget, of which nbclient may wait for ever for an answer."""
+    monkeypatch.setattr("ipywidgets.Output.__init__", lambda *_, **__: pytest.fail("an Output widget"))
+    drawn = []
+
+    def draw(name="b", size=3):
+        drawn.append((name, size))
+        figure = Picture(figsize=(size, 1))
+        figure.description = f"{name}, {size}"
+        return figure
+
+    box = explore(draw, name=["a", "b"], size=(1, 5))
+    choice, slider, shown = box.children
+    before = shown.value
+    slider.value = 5
+    choice.value = "a"
+    assert drawn == [("b", 3), ("b", 5), ("a", 5)]
+    assert shown.value != before and ' alt="a, 5" src="data:image/png;base64,iVBO' in shown.value
+    assert [(control.description, control.value) for control in (choice, slider)] == [("name", "a"), ("size", 5)]

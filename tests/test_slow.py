@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -100,3 +101,17 @@ def test_20_kills_at_random_moments_lose_nothing(runs):
     whole = launch(steps=max(losses), runs_dir=runs / "whole", **common)
     print(f"\n{KILLS + 1} runs were killed on the way to step {max(losses)}")
     assert [losses[step] for step in sorted(losses)] == whole.losses
+
+
+def test_a_launch_reaches_its_first_step_in_twice_the_time_that_torch_and_deepspeed_take_to_load(runs):
+    """Beside one step; five times, the two by turns."""
+    ratios = []
+    for _ in range(5):
+        begin = time.time()
+        subprocess.run([sys.executable, "-c", "import torch, deepspeed"], check=True, capture_output=True)
+        loading, begin = time.time() - begin, time.time()
+        run = launch(stages=2, steps=2, config=SMALL, runs_dir=runs)
+        told = (run.directory / STEPS).stat().st_mtime - run.seconds[1]  # when the second step began
+        ratios.append((told - begin - run.seconds[1]) / loading)
+    print(f"\n{', '.join(f'{ratio:.2f}' for ratio in ratios)} times {loading:.1f} s")
+    assert statistics.median(ratios) <= 2.0
