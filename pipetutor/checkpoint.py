@@ -222,6 +222,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def keep_until(directory: Path, step: int) -> None:
+    """Remove a run directory's checkpoints after ``step``, where the run goes on: the newest must be of this run."""
+    for path in _all(directory / "checkpoints"):
+        if _step(path) > step:
+            _remove(path)
+
+
 def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Fill these tensors from the checkpoint, each process for itself."""
     import torch.distributed.checkpoint as dcp

@@ -111,7 +111,11 @@ class Loop:
     def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:
         """Train to the last step; ``one_step`` returns the mean loss over the train batch and all replicas."""
         args, engine = self.args, self.engine
-        writer = records.StepWriter(args.run_dir if dist.get_rank() == 0 else None, engine.train_batch_size())
+        directory = args.run_dir if dist.get_rank() == 0 else None
+        if directory:  # a run that is resumed into its own directory goes on from here, whatever came after
+            records.keep_until(directory, self.step)
+            checkpoint.keep_until(directory, self.step)
+        writer = records.StepWriter(directory, engine.train_batch_size())
         evaluated = -1
         while self.step < args.steps:
             self.step += 1

@@ -11,11 +11,13 @@
         heartbeat_rank0.json, stack_rank0.txt    see pipetutor.heartbeat
 
 The ranks and the supervisor write it; the launcher, the figures and the tests read it. Every file but the
-two that grow (steps, logs) appears whole or not at all. Standard library only.
+two that grow (steps, logs) appears whole or not at all. A directory belongs to one run: another one is refused it,
+unless it goes on from a checkpoint in it. Standard library only.
 """
 
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -30,9 +32,13 @@ STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` so that ``path`` holds all of it or does not change, even when the disk is full."""
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(text)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,6 +78,59 @@ def update(directory: Path, **fields: Any) -> None:
     write_json(directory / "run.json", read(directory) | fields)
 
 
+def close(directory: Path, status: str, **fields: Any) -> None:
+    """Say in ``run.json`` how a run ended, and in ``done`` which step was its last complete one."""
+    steps = list(read_lines(directory / STEPS))
+    done = {"done": steps[-1]["step"]} if steps else {}
+    update(directory, status=status, **done, **fields)
+
+
+def held(directory: Path) -> str:
+    """Say in a few words what run a directory holds; nothing where there is none, or one that came to nothing.
+
+    >>> held(Path("runs/20261124-101502-p2r1"))  # doctest: +SKIP
+    'status finished, 20 steps, checkpoint step-000020'
+    """
+    try:
+        status = read(directory).get("status", "starting")
+    except ValueError:
+        status = "unknown, for run.json is damaged"
+    found = []
+    if steps := sum(1 for _ in read_lines(directory / STEPS)):
+        found.append(f"{steps} step{'s' if steps > 1 else ''}")
+    if saved := sorted(path.name for path in directory.glob("checkpoints/step-*")):
+        found.append(f"checkpoint {saved[-1]}")
+    if not found and status in ("starting", "failed", "interrupted"):
+        return ""
+    return ", ".join([f"status {status}", *found])
+
+
+def forget(directory: Path, rank: int, ranks: int) -> None:
+    """Remove what ranks of an earlier run said of themselves: failures, heartbeats, stacks and traces.
+
+    Each rank removes its own, before it writes any, and the first one also those of ranks that are no more.
+
+    Args:
+        directory: the run directory.
+        rank: whose files go.
+        ranks: how many the run has now.
+    """
+    for path in directory.glob("*_rank*"):
+        number = re.search(r"^(?:failure|heartbeat|stack|trace)_rank(\d+)\.", path.name)
+        if number and (int(number[1]) == rank or (rank == 0 and int(number[1]) >= ranks)):
+            path.unlink(missing_ok=True)
+    if rank == 0:
+        (directory / "trace.json").unlink(missing_ok=True)
+
+
+def keep_until(directory: Path, step: int) -> None:
+    """Drop the steps and evaluations after ``step``: a run goes on from there, and will have them again."""
+    for path in (directory / STEPS, directory / EVALUATIONS):
+        if path.exists():
+            kept = [line for line in read_lines(path) if line["step"] <= step]
+            _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
 def write_failure(directory: Path, rank: int, error: BaseException, trace: str) -> None:
     """Keep what a rank raised, with the time, so that the first failure can be told from its consequences."""
     record = {
@@ -96,11 +155,11 @@ def append(path: Path, content: Any) -> None:
 
 
 class StepWriter:
-    """Writes one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
+    """Adds one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
 
     def __init__(self, directory: Path | None, train_batch: int):
         self._train_batch = train_batch
-        self._file = (directory / STEPS).open("w", buffering=1) if directory else None
+        self._file = (directory / STEPS).open("a", buffering=1) if directory else None
 
     def write(self, step: int, loss: float, seconds: float) -> None:
         """Write one step.
@@ -138,12 +197,12 @@ class Run:
 
     Attributes:
         directory: where it is kept.
-        command: the terminal command that does the same work.
+        command: the terminal command that does the same work, into a directory of its own.
         stages: pipeline stages P; 0 for the data-parallel baseline.
         replicas: data-parallel copies.
         losses: mean loss of each step, over the whole train batch.
         seconds: wall time of each step.
-        first_step: the number of the first of these steps; 1, unless the run was resumed.
+        first_step: the number of the first of these steps; 1, unless the run was resumed into a new directory.
         evaluations: a dict for each: step, correct, images, accuracy, loss.
         train_batch: images a step, all replicas together.
         micro_batch: images a micro-batch.

@@ -170,7 +170,7 @@ def supervise(
     bad = next((end["code"] for end in ended if end["code"]), None)
     code = 0 if len(ended) == len(processes) and bad is None else bad
     if records.read(directory).get("status") != "finished" or code != 0:
-        records.update(directory, status="interrupted" if cancelled else "failed")
+        records.close(directory, "interrupted" if cancelled else "failed")
     report = {"code": code, "cancelled": cancelled, "ended": ended, "deadline": deadline, "ranks": len(processes)}
     return report | {"stalled": None if stalled is None else [asdict(beat) for beat in stalled]}
 

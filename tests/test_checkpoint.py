@@ -95,6 +95,26 @@ def forget_with_few_images(part):
     forget(part)
 
 
+@pytest.mark.parametrize("named", ["", "checkpoints/step-000002"])
+def test_a_run_that_goes_on_in_its_own_directory_has_each_step_once(saved, runs, named):
+    """What came after the checkpoint is dropped, and what the ranks of the earlier part said of themselves."""
+    directory = shutil.copytree(saved.directory, runs / "run")
+    if not named:
+        shutil.rmtree(directory / "checkpoints/step-000004")  # as if it had been cut off before it saved
+    (directory / "evaluations.jsonl").write_text('{"step": 1, "accuracy": 0.1}\n{"step": 4, "accuracy": 0.9}\n')
+    for stale in ("failure_rank0.json", "failure_rank7.json", "heartbeat_rank7.json", "trace_rank1.jsonl"):
+        (directory / stale).write_text("{}")
+    again = ["-s", 3, "--resume", directory / named, *MOBILE]
+    run = train(directory, *again, stages=2, config=SCHEDULED, patch=few_images)
+    steps = [json.loads(line)["step"] for line in (directory / "steps.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3] and run.losses == saved.losses[:3] and len(run.seconds) == 3
+    assert [evaluation["step"] for evaluation in run.evaluations] == [1]
+    assert run.first_step == 1 and run.status == "finished" and run.details["done"] == 3
+    assert run.details["result"]["loss"] == saved.losses[2]
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-000002"]
+    assert not [path for stale in ("*_rank7*", "failure*", "trace*") for path in directory.glob(stale)]
+
+
 @pytest.mark.parametrize("part", ["optimizer.", "random."])
 def test_the_optimizer_and_the_random_numbers_matter(saved, runs, part):
     """Without either the losses differ: what the tests above compare does depend on both."""
@@ -290,6 +310,6 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(runs, patch):
     assert [path.name for path in left.glob("step-*")] == ["step-000001"]
     assert [path.name for path in left.glob(".step-*")] == [".step-000002.partial"]
     run = train(runs / "crashed", "-s", 3, "--resume", runs / "crashed", *arguments)
-    assert run.losses == whole.losses[1:]
+    assert (run.first_step, run.losses) == (1, whole.losses), "the step before the crash is still told"
     assert sorted(path.name for path in left.iterdir()) == ["step-000002", "step-000003"]
     assert json.loads((left / "step-000003/checkpoint.json").read_text())["step"] == 3
