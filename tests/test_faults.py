@@ -1,5 +1,6 @@
 """A run that hangs, dies or slows down is ended in time, and the error names who, where and why."""
 
+import json
 import os
 import time
 
@@ -112,6 +113,29 @@ def test_a_heartbeat_that_is_being_written_is_read_at_the_next_look(tmp_path):
     Heartbeat(tmp_path, 0)
     (tmp_path / "heartbeat_rank1.json").write_text('{"rank": 1, "phase": "trai')
     assert ranks_of(read(tmp_path)) == [0]
+
+
+def test_a_heartbeat_may_be_of_any_length(tmp_path):
+    """A thousand ranks wait in a collective, and then two for each other: nothing of the longer line stays."""
+    heart = Heartbeat(tmp_path, 0)
+    for peers in ([], list(range(1, 1000)), [1]):
+        heart.before("ReduceGrads", None, peers)
+        (beat,) = read(tmp_path)
+        assert (beat.instruction, beat.peers) == ("ReduceGrads", peers)
+    assert json.loads((tmp_path / "heartbeat_rank0.json").read_text())["peers"] == [1]
+
+
+def test_parts_of_two_heartbeats_are_none(tmp_path):
+    """Of equal length and each of them JSON: only the checksum tells."""
+    heart, path = Heartbeat(tmp_path, 0), tmp_path / "heartbeat_rank0.json"
+    heart.enter("training", 3)
+    heart.before("ForwardPass", 1)
+    first = path.read_text()
+    heart.before("BackwardAll", 2)
+    second = path.read_text()
+    torn = first[: first.index('"micro_batch"')] + second[second.index('"micro_batch"') :]
+    path.write_text(torn)
+    assert json.loads(torn)["instruction"] == "ForwardPass" and not read(tmp_path)
 
 
 def test_a_process_writes_its_stack_when_asked(tmp_path):
