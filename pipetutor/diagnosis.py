@@ -44,8 +44,8 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     log = records.log_path(directory, rank)
     text = log.read_text(errors="replace") if log.exists() else ""
     last = [line for line in text.splitlines() if line.strip()][-15:]
-    lines = [head, *_doing(list(beats.values())), f"its last lines, from {log}:", *(f"    {line}" for line in last)]
-    return "\n".join(lines)
+    lines = [head, *filter(None, [records.lost_in(directory)]), *_doing(list(beats.values()))]
+    return "\n".join([*lines, f"its last lines, from {log}:", *(f"    {line}" for line in last)])
 
 
 def _complains(failure: dict[str, Any] | None) -> bool:

@@ -4,9 +4,9 @@
         heartbeat_rank0.json   step, instruction, micro-batch, the ranks it waits for, and since when
         stack_rank0.txt        the rank's Python stack, once somebody has asked for it
 
-A heartbeat is one line, overwritten in place, with a checksum at its end by which a reader knows that it has all of it:
-some microseconds, against the tenths of a second that an instruction takes. On a GPU it says what the rank has begun to submit, which runs ahead of what
-the device computes. Standard library only.
+A heartbeat is one line, overwritten in place: some microseconds, against the tenths of a second that an
+instruction takes. By the checksum at its end a reader knows that it has all of it. On a GPU it says what the rank has
+begun to submit, which runs ahead of what the device computes. Standard library only.
 """
 
 import faulthandler

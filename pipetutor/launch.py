@@ -212,6 +212,8 @@ def launch(
     if report["code"] != 0:
         raise RunFailed(diagnose(directory, report), directory)
     run = Run.load(directory)
+    if lost := records.lost_in(directory):
+        print(lost)
     if run.evaluations:
         last = run.evaluations[-1]
         print(f"test accuracy {last['accuracy']:.1%}: {last['correct']} of {last['images']} images")
@@ -219,7 +221,7 @@ def launch(
 
 
 def _brief(step: dict[str, Any]) -> str:
-    return f"loss {step['loss']:.3f}, {step['images_per_second']:.1f} images/s"
+    return f"loss {records.number(step['loss']):.3f}, {step['images_per_second']:.1f} images/s"
 
 
 def _check_weights(model: str, weights: str | Path) -> None:

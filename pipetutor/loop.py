@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -116,7 +117,7 @@ class Loop:
             records.keep_until(directory, self.step)
             checkpoint.keep_until(directory, self.step)
         writer = records.StepWriter(directory, engine.train_batch_size())
-        evaluated = -1
+        evaluated, lost = -1, False
         while self.step < args.steps:
             self.step += 1
             self.heart.enter("training", self.step)
@@ -131,6 +132,9 @@ class Loop:
             if self.recorder:
                 self.recorder.end(self.step)
             writer.write(self.step, loss, time.perf_counter() - begin)
+            if not math.isfinite(loss) and not lost:
+                lost = True
+                say(records.lost(self.step))
             if self.step % 10 == 0 or self.step == args.steps:
                 say(f"step: {self.step:3d} / {args.steps:3d} loss: {loss:.6f}")
             if args.save_every and (self.step % args.save_every == 0 or self.step == args.steps):

@@ -54,7 +54,7 @@ def cached(model: str, micro_batch: int, ranks: int, dropout: float | None = Non
         ranks: ranks on this host.
         dropout: probability for every dropout layer; None keeps the model's own.
     """
-    key = json.dumps(_key(model, micro_batch, ranks, dropout), sort_keys=True)
+    key = json.dumps(_key(model, micro_batch, ranks, dropout), sort_keys=True, allow_nan=False)
     return home() / f"{model}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 

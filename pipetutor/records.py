@@ -12,10 +12,12 @@
 
 The ranks and the supervisor write it; the launcher, the figures and the tests read it. Every file but the
 two that grow (steps, logs) appears whole or not at all. A directory belongs to one run: another one is refused it,
-unless it goes on from a checkpoint in it. Standard library only.
+unless it goes on from a checkpoint in it. JSON has no word for NaN and infinity: they are written as null, and a loss
+that is null is read as NaN. Standard library only.
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -30,9 +32,34 @@ from pipetutor import disk
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Return ``content`` as JSON, with null for each float that is no number or infinite.
+
+    >>> to_json({"loss": float("nan")})
+    '{"loss": null}'
+    """
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def number(value: float | None) -> float:
+    """Return a float that was read from JSON: NaN for null."""
+    return math.nan if value is None else value
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` so that ``path`` holds all of it or does not change, even when the disk is full."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+    _write(path, to_json(content, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -128,7 +155,7 @@ def keep_until(directory: Path, step: int) -> None:
     for path in (directory / STEPS, directory / EVALUATIONS):
         if path.exists():
             kept = [line for line in read_lines(path) if line["step"] <= step]
-            _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+            _write(path, "".join(to_json(line) + "\n" for line in kept))
 
 
 def write_failure(directory: Path, rank: int, error: BaseException, trace: str) -> None:
@@ -151,7 +178,7 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
 def append(path: Path, content: Any) -> None:
     """Add one line to a file of JSON lines; a reader sees all of it or nothing."""
     with path.open("a") as file:
-        file.write(json.dumps(content) + "\n")
+        file.write(to_json(content) + "\n")
 
 
 class StepWriter:
@@ -172,7 +199,7 @@ class StepWriter:
         if self._file:
             rate = self._train_batch / seconds
             line = {"step": step, "loss": loss, "seconds": seconds, "images_per_second": rate}
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(to_json(line) + "\n")
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -181,6 +208,21 @@ def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
         for line in path.read_text().splitlines(keepends=True)[start:]:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def lost(step: int) -> str:
+    """Say what it means that a step's loss is no number, and what to do."""
+    return (
+        f"the loss of step {step} is no number: something in the model has become too large, and nothing is learned "
+        "from there on; use a lower learning rate, or gradient_clipping in the config, and bf16 rather than fp16"
+    )
+
+
+def lost_in(directory: Path) -> str:
+    """Say so of the first step of a run whose loss is no number; nothing where there is none."""
+    steps = (line["step"] for line in read_lines(directory / STEPS) if not math.isfinite(number(line["loss"])))
+    first = next(steps, None)
+    return "" if first is None else lost(first)
 
 
 def log_path(directory: Path, rank: int) -> Path:
@@ -200,7 +242,7 @@ class Run:
         command: the terminal command that does the same work, into a directory of its own.
         stages: pipeline stages P; 0 for the data-parallel baseline.
         replicas: data-parallel copies.
-        losses: mean loss of each step, over the whole train batch.
+        losses: mean loss of each step, over the whole train batch; NaN where it was no number.
         seconds: wall time of each step.
         first_step: the number of the first of these steps; 1, unless the run was resumed into a new directory.
         evaluations: a dict for each: step, correct, images, accuracy, loss.
@@ -262,10 +304,10 @@ class Run:
             steps = list(read_lines(directory / STEPS))
             return cls(
                 directory=directory,
-                losses=[step["loss"] for step in steps],
+                losses=[number(step["loss"]) for step in steps],
                 seconds=[step["seconds"] for step in steps],
                 first_step=steps[0]["step"] if steps else details.get("done", 0) + 1,
-                evaluations=list(read_lines(directory / EVALUATIONS)),
+                evaluations=[line | {"loss": number(line["loss"])} for line in read_lines(directory / EVALUATIONS)],
                 details=details,
                 **{
                     name: details[name]

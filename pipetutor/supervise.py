@@ -205,4 +205,4 @@ def main() -> None:
     except BaseException as error:
         kill_descendants()  # whatever it was, no rank stays
         report = {"error": "".join(traceback.format_exception_only(error)).strip()}
-    print(json.dumps(report), flush=True)
+    print(records.to_json(report), flush=True)
