@@ -102,12 +102,12 @@ class Loop:
     def _resume(self) -> None:
         path = checkpoint.find(self.args.resume)
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-        same = checkpoint.restore(self.engine, path, manifest, self.topology)
+        lost = checkpoint.restore(self.engine, path, manifest, self.topology)
         self.step, self.start = manifest["step"], data.Position(*manifest["position"])
         say(f"resumed after step {self.step}, from {path}")
-        if not same:
+        if lost:
             self._draw_own_numbers()
-            say("another topology than that of the checkpoint: dropout draws other random numbers than it would have")
+            say(f"{lost}: dropout draws other random numbers than it would have")
 
     def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:
         """Train to the last step; ``one_step`` returns the mean loss over the train batch and all replicas."""

@@ -54,6 +54,7 @@ def test_the_same_topology_goes_on_bit_for_bit(saved, runs):
     again = ["-s", 4, "--resume", saved.directory / "checkpoints/step-000002", *MOBILE]
     run = train(runs, *again, stages=2, config=SCHEDULED, patch=few_images)
     assert run.first_step == 3 and run.losses == saved.losses[2:]
+    assert "draws other random numbers" not in (runs / "rank0.txt").read_text()
     assert len(set(saved.losses)) == 4
 
 
@@ -121,6 +122,28 @@ def test_the_optimizer_and_the_random_numbers_matter(saved, runs, part):
     again = ["-s", 4, "--resume", saved.directory / "checkpoints/step-000002", *MOBILE]
     run = train(runs, *again, stages=2, config=SCHEDULED, patch=functools.partial(forget_with_few_images, part))
     assert len(run.losses) == 2 and run.losses != saved.losses[2:]
+
+
+def on_another_device():
+    from pipetutor import checkpoint
+
+    few_images()
+    random_state = checkpoint._random_state
+
+    def of_a_gpu(rank):
+        state = random_state(rank)
+        return state | {f"random.{rank}.cuda": state[f"random.{rank}.cpu"][:16]}
+
+    checkpoint._random_state = of_a_gpu
+
+
+@pytest.mark.parametrize("first, then", [(on_another_device, few_images), (few_images, on_another_device)])
+def test_random_numbers_of_another_device_do_not_go_on_and_that_is_said(runs, first, then):
+    """What dropout drew on a GPU it cannot go on to draw on a CPU, nor the other way round."""
+    train(runs / "first", "-s", 1, "--save-every", 1, *MOBILE, patch=first)
+    train(runs / "then", "-s", 2, "--resume", runs / "first", *MOBILE, patch=then)
+    words = "another kind of device than that of the checkpoint: dropout draws other random numbers"
+    assert words in (runs / "then" / "rank0.txt").read_text()
 
 
 def test_exported_weights_are_torchvisions_own(saved, tmp_path):
@@ -227,6 +250,10 @@ def test_no_code_in_a_checkpoint_is_executed(copy, runs):
         (["-s", 3], "stands after step 4, and this run ends with step 3"),
         (["-s", 4], "nothing is left to do: the checkpoint stands after step 4"),
         (["--resume", "nowhere"], "nowhere holds no checkpoint"),
+        (
+            ["--fault", "stall:rank=0,step=4"],
+            "has the ranks 0 to 0 and the steps 5 to 5, for it resumes after step 4",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_before_anything_starts(saved, runs, arguments, words):

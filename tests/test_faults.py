@@ -9,7 +9,7 @@ from conftest import SMALL_SGD, RankFailed, processes_of, train
 
 from pipetutor import RunFailed, launch, records
 from pipetutor.diagnosis import diagnose
-from pipetutor.faults import Fault
+from pipetutor.faults import KINDS, Fault
 from pipetutor.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
 from pipetutor.supervise import Progress
 
@@ -214,6 +214,16 @@ def test_a_fault_that_says_too_little_is_refused(text, words):
 def test_a_fault_that_the_run_has_no_place_for_is_refused(fault, stages, words):
     with pytest.raises(ValueError, match=words):
         launch(stages=stages, steps=3, fault=fault)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_before_the_step_from_which_a_run_goes_on_is_refused(kind):
+    fault = Fault.parse(f"{kind}:rank=0,step=4")
+    fault.check(ranks=2, stages=2, steps=6, done=3)
+    with pytest.raises(ValueError, match=r"has the ranks 0 to 1 and the steps 5 to 6, for it resumes after step 4$"):
+        fault.check(ranks=2, stages=2, steps=6, done=4)
+    with pytest.raises(ValueError, match=r"no step left to do, for it resumes after step 4$"):
+        fault.check(ranks=2, stages=2, steps=4, done=4)
 
 
 def test_a_fault_can_be_read_back():
