@@ -249,7 +249,7 @@ class Run:
         train_batch: images a step, all replicas together.
         micro_batch: images a micro-batch.
         micro_batches: M, micro-batches a step and replica.
-        parts: partition bounds, P + 1 layer indices; empty for the baseline.
+        parts: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
         layers: class name of each layer of the flat model; empty for the baseline.
         status: ``finished``, ``failed``, ``interrupted``, or ``running`` when nothing closed the record.
         details: all of run.json: config, versions, machine.
@@ -288,7 +288,7 @@ class Run:
         return self.evaluations[-1]["accuracy"]
 
     def stage_layers(self, stage: int) -> list[str]:
-        """Return the class names of the layers that one stage held."""
+        """Return the class names of the layers that one stage of the P x chunks held."""
         return self.layers[self.parts[stage] : self.parts[stage + 1]]
 
     @classmethod
