@@ -178,6 +178,92 @@ def test_a_complaint_of_a_lost_connection_comes_after_its_cause(tmp_path, compla
     assert diagnose(tmp_path, report).startswith("rank 1 failed first: killed by SIGKILL (exit code -9)")
 
 
+def head_and_next(directory, *ends, **more):
+    """The first two lines of a diagnosis of ranks that ended so, one after another: (rank, code)."""
+    (directory / "logs").mkdir(exist_ok=True)
+    now = time.time()
+    ended = [{"rank": rank, "pid": 2, "time": now + place, "code": code} for place, (rank, code) in enumerate(ends)]
+    report = {"code": 1, "cancelled": False, "ended": ended, "deadline": 300, "ranks": 2, "stalled": None}
+    return diagnose(directory, report | more).splitlines()[:2]
+
+
+def test_what_a_rank_said_goes_before_how_it_was_ended(tmp_path):
+    records.write_failure(tmp_path, 1, ArithmeticError("the loss"), "")
+    head, _ = head_and_next(tmp_path, (0, -15), (1, -15))
+    assert head == "rank 1 failed first: ArithmeticError: the loss (then ended by SIGTERM)"
+    head, _ = head_and_next(tmp_path, (0, -15), (1, 1))
+    assert head == "rank 1 failed first: ArithmeticError: the loss (exit code 1)"
+
+
+def test_a_rank_that_was_asked_to_end_followed_another_one(tmp_path):
+    assert head_and_next(tmp_path, (0, -15), (1, 3))[0].startswith(
+        "rank 1 failed first: see its last lines (exit code 3)"
+    )
+    assert head_and_next(tmp_path, (0, -35), (1, 3))[0].startswith("rank 0 failed first: killed by signal 35 (exit")
+    records.write_failure(tmp_path, 1, RuntimeError("Connection reset by peer"), "")
+    assert head_and_next(tmp_path, (0, -15), (1, 1))[0].startswith("rank 0 failed first: killed by SIGTERM")
+
+
+@pytest.mark.parametrize(
+    "kills, words",
+    [
+        (1, "out of memory: the system's out-of-memory killer ended rank 1; use a smaller micro-batch, more stages"),
+        (None, "nothing of this run killed rank 1: probably the system's out-of-memory killer did"),
+        (0, "its last lines, from "),
+    ],
+)
+def test_a_rank_that_was_killed_ran_out_of_memory_as_far_as_the_system_tells(tmp_path, kills, words):
+    head, then = head_and_next(tmp_path, (1, -9), oom_kills=kills)
+    assert head == "rank 1 failed first: killed by SIGKILL (exit code -9)" and then.startswith(words)
+    records.write_json(tmp_path / "run.json", {"command": "deepspeed --fault die:step=2,rank=1 -p 2"})
+    asked = head_and_next(tmp_path, (1, -9), oom_kills=None)
+    assert asked[1].startswith("its last lines"), "the fault was asked for"
+
+
+def no_memory():
+    import torch
+
+    torch.empty(1 << 45)
+
+
+def cuda_out_of_memory():
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_12>: No space left on device (28)")
+
+
+@pytest.mark.parametrize(
+    "fail, words",
+    [
+        (
+            no_memory,
+            "rank 1 ran out of memory: use a smaller micro-batch, more stages, or recompute=True (--recompute)",
+        ),
+        (cuda_out_of_memory, "rank 1 ran out of memory: use a smaller micro-batch"),
+        (lambda: bytearray(1 << 60), "rank 1 ran out of memory: use a smaller micro-batch"),
+        (shared_memory, "rank 1 probably found /dev/shm full"),
+    ],
+)
+def test_memory_that_a_rank_does_not_get_is_named_in_words(tmp_path, fail, words):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        fail()
+    records.write_failure(tmp_path, 1, caught.value, "")
+    assert head_and_next(tmp_path, (0, -15), (1, 1))[1].startswith(words)
+
+
+def test_memory_that_no_rank_could_tell_of_is_found_in_its_log_or_its_signal(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "1_rank1.log").write_text(
+        "terminate called after throwing an instance of 'std::bad_alloc'\n"
+    )
+    assert head_and_next(tmp_path, (1, -6))[1].startswith("rank 1 ran out of memory")
+    assert head_and_next(tmp_path, (0, -7))[1].startswith("rank 0 probably found /dev/shm full")
+
+
 @pytest.mark.parametrize("phase, stands", [("training", True), ("saving", False), ("finished", False)])
 def test_only_steps_have_to_meet_the_deadline(tmp_path, phase, stands):
     """A run that saves, or has done its last step, may take longer than a step may."""
