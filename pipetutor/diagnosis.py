@@ -98,8 +98,8 @@ def _explain(rank: int, said: str, code: int | None, directory: Path, oom_kills:
     """
     if code == -signal.SIGBUS or _NO_SHARED_MEMORY.search(said):
         return (
-            f"rank {rank} probably found /dev/shm full, the memory that processes share: give it more (in a container, "
-            "--shm-size=1g), or remove what ended programs have left there"
+            f"rank {rank} probably found /dev/shm full, the memory that processes share: give it more (--shm-size=1g "
+            "for a container), or remove what ended programs have left there"
         )
     if _NO_MEMORY.search(said):
         return f"rank {rank} ran out of memory: {SMALLER}"
@@ -108,8 +108,8 @@ def _explain(rank: int, said: str, code: int | None, directory: Path, oom_kills:
     if oom_kills:
         return f"out of memory: the system's out-of-memory killer ended rank {rank}; {SMALLER}"
     return (
-        f"nothing of this run killed rank {rank}: probably the system's out-of-memory killer did (its log, dmesg, would say "
-        f"so); {SMALLER}"
+        f"nothing of this run killed rank {rank}: probably the system's out-of-memory killer did (dmesg would tell); "
+        f"{SMALLER}"
     )
 
 
