@@ -15,7 +15,7 @@ What papermill alone does not do, and this does:
   other right one, and refuse the unanswered cell and every wrong attempt, in the same kernel.
 
 The executed copy is ``build/notebooks/NAME.ipynb``. It is written under a hidden name and moved when the notebook has
-passed: the copy of an earlier pass stays until then. That of a notebook that failed is ``NAME.failed.ipynb``, until it
+passed: the copy of an earlier pass stays until then. That of a notebook that failed is ``NAME.failed.ipynb`` until it
 passes. With ``--smoke`` they are in ``build/smoke``.
 """
 
