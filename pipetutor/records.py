@@ -16,6 +16,7 @@ unless it goes on from a checkpoint in it. JSON has no word for NaN and infinity
 that is null is read as NaN. Standard library only.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -107,7 +108,7 @@ def update(directory: Path, **fields: Any) -> None:
 
 def close(directory: Path, status: str, **fields: Any) -> None:
     """Say in ``run.json`` how a run ended, and in ``done`` which step was its last complete one."""
-    steps = list(read_lines(directory / STEPS))
+    steps = _undamaged(directory / STEPS)
     done = {"done": steps[-1]["step"]} if steps else {}
     update(directory, status=status, **done, **fields)
 
@@ -123,7 +124,7 @@ def held(directory: Path) -> str:
     except ValueError:
         status = "unknown, for run.json is damaged"
     found = []
-    if steps := sum(1 for _ in read_lines(directory / STEPS)):
+    if steps := len(_undamaged(directory / STEPS)):
         found.append(f"{steps} step{'s' if steps > 1 else ''}")
     if saved := sorted(path.name for path in directory.glob("checkpoints/step-*")):
         found.append(f"checkpoint {saved[-1]}")
@@ -154,7 +155,7 @@ def keep_until(directory: Path, step: int) -> None:
     """Drop the steps and evaluations after ``step``: a run goes on from there, and will have them again."""
     for path in (directory / STEPS, directory / EVALUATIONS):
         if path.exists():
-            kept = [line for line in read_lines(path) if line["step"] <= step]
+            kept = [line for line in _undamaged(path) if line["step"] <= step]
             _write(path, "".join(to_json(line) + "\n" for line in kept))
 
 
@@ -210,6 +211,15 @@ def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def _undamaged(path: Path) -> list[dict[str, Any]]:
+    """Return the lines up to the first that is damaged, as a full disk or a power cut may leave one."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(ValueError):
+        for line in read_lines(path):
+            found.append(line)
+    return found
+
+
 def lost(step: int) -> str:
     """Say what it means that a step's loss is no number, and what to do."""
     return (
@@ -220,8 +230,8 @@ def lost(step: int) -> str:
 
 def lost_in(directory: Path) -> str:
     """Say so of the first step of a run whose loss is no number; nothing where there is none."""
-    steps = (line["step"] for line in read_lines(directory / STEPS) if not math.isfinite(number(line["loss"])))
-    first = next(steps, None)
+    steps = _undamaged(directory / STEPS)
+    first = next((line["step"] for line in steps if not math.isfinite(number(line["loss"]))), None)
     return "" if first is None else lost(first)
 
 

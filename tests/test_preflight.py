@@ -133,6 +133,9 @@ WRONG = [
     ),
     (planned, dict(config={}), ["train_batch_size", "256"]),
     (planned, dict(config={"train_batch_size": "auto"}), ["'auto'", "whole number"]),
+    (planned, dict(config={"gradient_clipping": "auto"}), ["gradient_clipping is 'auto'", "a number of at least 0"]),
+    (planned, dict(config={"bf16": {"enabled": "auto"}}), ["bf16 enabled is 'auto'", "True or False"]),
+    (planned, dict(config={"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}), ["lr is 'auto'", "a number"]),
     (
         planned,
         dict(config=GOOD["config"] | {"zero_optimization": {"stage": 2}}),

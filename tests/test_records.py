@@ -62,6 +62,21 @@ def test_what_is_no_number_can_be_read_again(tmp_path, loss):
     assert run.losses[0] == 2.5 and math.isnan(run.losses[1]) and math.isnan(run.evaluations[0]["loss"])
 
 
+def test_a_damaged_line_hides_neither_a_failure_nor_the_steps_before_it(tmp_path):
+    """As a full disk leaves it: who closes the record, explains it or goes on with it reads what comes before."""
+    steps = "".join(records.to_json({"step": step, "loss": 2.0}) + "\n" for step in (1, 2, 3))
+    (tmp_path / "steps.jsonl").write_text(steps + '{"step": 4, "lo{"step": 5, "loss": 1.0}\n')
+    records.close(tmp_path, "failed")
+    assert records.read(tmp_path) == {"status": "failed", "done": 3}
+    assert records.held(tmp_path) == "status failed, 3 steps"
+    report = {"stalled": None, "ended": [{"rank": 0, "time": 1.0, "code": 1}], "code": 1}
+    assert diagnose(tmp_path, report).startswith("rank 0 failed first")
+    records.keep_until(tmp_path, 2)
+    assert [step["step"] for step in strict(tmp_path / "steps.jsonl")] == [1, 2]
+    (tmp_path / "run.json").write_text('{"status": "fini')
+    assert records.held(tmp_path) == "status unknown, for run.json is damaged, 2 steps"
+
+
 def test_a_difference_without_bound_is_one_in_a_certificate_that_was_read(tmp_path):
     worst = {"absolute": float("inf"), "relative": float("inf")}
     row = {"model": "vgg", "stages": 2, "micro_batches": 4, "replicas": 1, "control": "", "equal": False}
