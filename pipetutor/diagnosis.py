@@ -48,14 +48,14 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         if code or rank in raised
     )
     head, why = "the run did not end well", ""
-    *_, rank, code = bad[0] if bad else (0, None)
+    *_, rank, code = bad[0] if bad else (0, 0)
     log = records.log_path(directory, rank)
     text = log.read_text(errors="replace") if log.exists() else ""
     last = [line for line in text.splitlines() if line.strip()][-15:]
     if bad:
         error = raised[rank]["error"] if rank in raised else ""
-        if error:
-            how = f"{error} ({'then ended by ' + _name(code) if (code or 0) < 0 else f'exit code {code or 1}'})"
+        if error:  # a rank that raised may still be about to end: it has no code yet
+            how = f"{error} ({'then ended by ' + _name(code) if code and code < 0 else f'exit code {code or 1}'})"
         elif code < 0:
             how = f"killed by {_name(code)} (exit code {code})"
         else:

@@ -89,8 +89,8 @@ def launch(
 ) -> Run:
     """Train in processes of their own, watch them, and return the record.
 
-    The ranks are started as DeepSpeed's launcher starts them. A ``deepspeed`` command is printed: typed in a terminal,
-    it does the same work, and records it in a directory of its own beside this run's (``…-again``). Whatever ends the
+    The ranks are started as DeepSpeed's launcher starts them. A ``deepspeed`` command is printed that does the same
+    work in a terminal, and records it in a directory of its own beside this run's (``…-again``). Whatever ends the
     call, an interrupt or the death of the kernel, no process stays.
 
     Args:

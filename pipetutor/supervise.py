@@ -201,7 +201,8 @@ def main() -> None:
         attention = Attention(parent)
         asked = json.loads(sys.stdin.readline())
         processes = [Process(**process) for process in asked["processes"]]
-        report = supervise(processes, directory, asked["deadline"], attention.given_up)
+        deadline = float("inf") if asked["deadline"] is None else asked["deadline"]  # JSON has null for infinity
+        report = supervise(processes, directory, deadline, attention.given_up)
     except BaseException as error:
         kill_descendants()  # whatever it was, no rank stays
         report = {"error": "".join(traceback.format_exception_only(error)).strip()}

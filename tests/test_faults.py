@@ -257,9 +257,7 @@ def test_memory_that_a_rank_does_not_get_is_named_in_words(tmp_path, fail, words
 
 def test_memory_that_no_rank_could_tell_of_is_found_in_its_log_or_its_signal(tmp_path):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "1_rank1.log").write_text(
-        "terminate called after throwing an instance of 'std::bad_alloc'\n"
-    )
+    (tmp_path / "logs" / "rank1.log").write_text("terminate called after throwing an instance of 'std::bad_alloc'\n")
     assert head_and_next(tmp_path, (1, -6))[1].startswith("rank 1 ran out of memory")
     assert head_and_next(tmp_path, (0, -7))[1].startswith("rank 0 probably found /dev/shm full")
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train
 
-from pipetutor import Run, RunFailed, launch
+from pipetutor import Run, RunFailed, launch, records
 from pipetutor.launch import free_port
 from pipetutor.records import STEPS, read_lines
 

@@ -41,7 +41,7 @@ def test_a_loss_that_is_no_number_is_told_and_is_null_in_json(runs, capsys):
     log = records.log_path(run.directory, 0)
     assert log and log.read_text().count(words) == 1 and log.read_text().count("is no number") == 1
     assert capsys.readouterr().out.count(words) == 1
-    said = diagnose(run.directory, {"stalled": None, "ended": [], "code": 1})
+    said = diagnose(run.directory, {"cancelled": False, "stalled": None, "ended": [], "code": 1})
     assert said.splitlines()[1].startswith(words) and "use a lower learning rate" in said
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_line_hides_neither_a_failure_nor_the_steps_before_it(tmp_path
     records.close(tmp_path, "failed")
     assert records.read(tmp_path) == {"status": "failed", "done": 3}
     assert records.held(tmp_path) == "status failed, 3 steps"
-    report = {"stalled": None, "ended": [{"rank": 0, "time": 1.0, "code": 1}], "code": 1}
+    report = {"cancelled": False, "stalled": None, "ended": [{"rank": 0, "time": 1.0, "code": 1}], "code": 1}
     assert diagnose(tmp_path, report).startswith("rank 0 failed first")
     records.keep_until(tmp_path, 2)
     assert [step["step"] for step in strict(tmp_path / "steps.jsonl")] == [1, 2]
