@@ -102,7 +102,8 @@ def test_a_run_that_goes_on_in_its_own_directory_has_each_step_once(saved, runs,
     directory = shutil.copytree(saved.directory, runs / "run")
     if not named:
         shutil.rmtree(directory / "checkpoints/step-000004")  # as if it had been cut off before it saved
-    (directory / "evaluations.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 4, "loss": 1.0}\n')
+    evaluated = [f'{{"step": {step}, "accuracy": 0.5, "loss": 2.0}}\n' for step in (1, 4)]
+    (directory / "evaluations.jsonl").write_text("".join(evaluated))
     for stale in ("failure_rank0.json", "failure_rank7.json", "heartbeat_rank7.json", "trace_rank1.jsonl"):
         (directory / stale).write_text("{}")
     again = ["-s", 3, "--resume", directory / named, *MOBILE]
