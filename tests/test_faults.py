@@ -2,10 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
-from conftest import SMALL_SGD, RankFailed, processes_of, train
+from conftest import HANGS, SMALL_SGD, RankFailed, processes_of, train
 
 from pipetutor import RunFailed, launch, records
 from pipetutor.diagnosis import diagnose
@@ -218,6 +222,57 @@ def test_a_rank_that_was_killed_ran_out_of_memory_as_far_as_the_system_tells(tmp
     records.write_json(tmp_path / "run.json", {"command": "deepspeed --fault die:step=2,rank=1 -p 2"})
     asked = head_and_next(tmp_path, (1, -9), oom_kills=None)
     assert asked[1].startswith("its last lines"), "the fault was asked for"
+
+
+@pytest.fixture
+def little_memory():
+    """A control group of 200 MB, where this user may make one."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    group = (old if old.exists() else new) / f"pipetutor-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = group / ("memory.limit_in_bytes" if old.exists() else "memory.max")
+        limit.write_text("200M")
+        for swap in ("memory.memsw.limit_in_bytes", "memory.swap.max"):
+            if (group / swap).exists():
+                (group / swap).write_text("200M" if "memsw" in swap else "0")
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"no control group of its own can be made here: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_the_systems_out_of_memory_killer_is_named_for_certain(runs, little_memory):
+    """A rank that takes more than its container has: the supervisor sees the system's count of kills rise."""
+    code = """
+        import os, sys
+        from pathlib import Path
+        from pipetutor import records
+        from pipetutor.diagnosis import diagnose
+        from pipetutor.supervise import Process
+        from pipetutor.watch import watch
+
+        directory = records.create(Path(sys.argv[1]), "hungry")
+        (directory / "logs").mkdir()
+        ranks = [Process([sys.executable, "-c", f"x = bytearray({size})"], dict(os.environ), f"rank{rank}.log")
+                 for rank, size in enumerate((1, 10**9))]
+        print(diagnose(directory, watch(ranks, directory, 300, directory / "steps.jsonl", 1, "steps", str)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(runs)]
+    done = subprocess.run(
+        command,
+        preexec_fn=lambda: (little_memory / "cgroup.procs").write_text("0"),
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+    assert done.stdout.splitlines()[:2] == [
+        "rank 1 failed first: killed by SIGKILL (exit code -9)",
+        "out of memory: the system's out-of-memory killer ended rank 1; use a smaller micro-batch, more stages, or "
+        "recompute=True (--recompute)",
+    ], done.stderr
 
 
 def no_memory():
