@@ -51,9 +51,10 @@ def _middle(rates: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "minimum": min(rates), "maximum": max(rates)}
 
 
-def _difference(runs: Iterable[Sequence[float]], base: Sequence[float]) -> float:
+def _difference(runs: Iterable[Sequence[float | None]], base: Sequence[float | None]) -> float:
     """Return the largest difference of a loss from that of the same step in ``base``; a NaN counts as infinite."""
-    found = [abs(a - b) for losses in runs for a, b in zip(losses, base, strict=False)]
+    pairs = (pair for losses in runs for pair in zip(losses, base, strict=False))
+    found = [abs(records.number(a) - records.number(b)) for a, b in pairs]
     return max(float("inf") if difference != difference else difference for difference in found)
 
 

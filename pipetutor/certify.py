@@ -9,6 +9,7 @@ comparison must find out. What is compared, and how, is in ``pipetutor.proof``.
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -146,10 +147,18 @@ def certify(
     directory = records.create(Path(runs_dir), "certificate")
     env = ENVIRONMENT | {fetch.VARIABLE: str(data_dir)}
     rows = run_job("pipetutor.proof", directory, chosen, env, len(chosen), "rows", _brief)
-    certificate = Certificate(list(rows), skipped, directory)
+    certificate = Certificate([_read(row) for row in rows], skipped, directory)
     content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
     records.write_json(directory / "certificate.json", content)
     return certificate
+
+
+def _read(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its infinite differences, for which JSON has null."""
+    for part in ("initial", "gradient", "final", "loss"):
+        if part in row:
+            row[part] = {kind: math.inf if value is None else value for kind, value in row[part].items()}
+    return row
 
 
 def _brief(row: dict[str, Any]) -> str:

@@ -62,10 +62,13 @@ def memory() -> list[tuple[int, int]]:
     return found
 
 
-def oom_kills() -> int:
-    """Return how many processes of this group the kernel has killed for want of memory, or of the machine."""
+def oom_kills() -> int | None:
+    """Return how many processes of this group the kernel has killed for want of memory, or of the machine.
+
+    None where it does not tell.
+    """
     own = [_read(group / name) for group in _groups("memory") for name in ("memory.events", "memory.oom_control")]
     for text in [*own, _read(ROOT / "proc/vmstat")]:
         if found := re.search(r"^oom_kill (\d+)$", text, re.MULTILINE):
             return int(found[1])
-    return 0
+    return None

@@ -222,6 +222,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def keep_until(directory: Path, step: int) -> None:
+    """Remove a run directory's checkpoints after ``step``, where the run goes on: the newest must be of this run."""
+    for path in _all(directory / "checkpoints"):
+        if _step(path) > step:
+            _remove(path)
+
+
 def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Fill these tensors from the checkpoint, each process for itself."""
     import torch.distributed.checkpoint as dcp
@@ -241,7 +248,7 @@ def stored_tensors(path: Path) -> dict[str, Any]:
     return {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in tensors.items()}
 
 
-def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[str, int]) -> bool:
+def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[str, int]) -> str:
     """Fill an engine from a checkpoint: weights, optimizer, schedule, and random numbers where they fit.
 
     Args:
@@ -251,8 +258,8 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
         topology: this run's ``stages`` and ``replicas``.
 
     Returns:
-        Whether the random numbers, which dropout draws, go on where they stood. They belong to ranks, so they
-        cannot where the topology is another one.
+        Why the random numbers, which dropout draws, do not go on where they stood; nothing where they do. They belong
+        to ranks, and are those of a device: they cannot where the topology or the kind of device is another one.
     """
     import torch
     import torch.distributed as dist
@@ -262,8 +269,14 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
     state = model_state(engine)
     stored = stored_tensors(path)
     kept = {name: empty for name, empty in stored.items() if _parameter_of(name) in state}
-    same = all(manifest[name] == count for name, count in topology.items())
-    mine = {name: empty for name, empty in stored.items() if same and name.startswith(f"random.{dist.get_rank()}.")}
+    mine = {name: empty for name, empty in stored.items() if name.startswith(f"random.{dist.get_rank()}.")}
+    lost = ""
+    if any(manifest[name] != count for name, count in topology.items()):
+        lost = "another topology than that of the checkpoint"
+    elif mine.keys() != _random_state(dist.get_rank()).keys():
+        lost = "another kind of device than that of the checkpoint"
+    if lost:
+        mine = {}
     load_tensors(path, {f"model.{name}": tensor.detach() for name, tensor in state.items()} | kept | mine)
     fused = engine.optimizer.param_groups[0].get("fused")
     for name, value in kept.items():
@@ -278,7 +291,7 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
     engine.global_steps = manifest["step"]
     for name, value in mine.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
-    return same
+    return lost
 
 
 def _parameter_of(name: str) -> str:

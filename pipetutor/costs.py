@@ -191,6 +191,8 @@ class LayerCosts:
             raise ValueError(f"{directory} holds no costs: {FILE} is missing; measure() writes one") from None
         except OSError as error:
             raise ValueError(disk.cannot(f"read the costs in {directory}", error)) from None
+        if content["bandwidth"] is None:  # infinite, where no rank sends: JSON has no word for it
+            content["bandwidth"] = float("inf")
         layers = [layer | {"kept": tuple(map(tuple, layer["kept"]))} for layer in content.pop("layers")]
         return cls(**content, layers=tuple(LayerCost(**layer) for layer in layers), directory=Path(directory))
 

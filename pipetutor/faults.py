@@ -63,12 +63,21 @@ class Fault:
             raise ValueError(f"fault {text!r}: seconds is {seconds:g}, but must be at least 0 and at most {LONGEST}")
         return cls(kind, rank, step, seconds)
 
-    def check(self, ranks: int, stages: int, steps: int) -> None:
-        """Raise ValueError unless the run has this rank and this step, and the rank loads data where it must."""
-        if not 0 <= self.rank < ranks or not 1 <= self.step <= steps:
+    def check(self, ranks: int, stages: int, steps: int, done: int = 0) -> None:
+        """Raise ValueError unless the run has this rank and this step, and the rank loads data where it must.
+
+        Args:
+            ranks: of the run.
+            stages: of the run; 0 for the baseline.
+            steps: its last step.
+            done: the step of the checkpoint from which it goes on, 0 without one.
+        """
+        if not 0 <= self.rank < ranks or not done < self.step <= steps:
+            left = f"the steps {done + 1} to {steps}" if done < steps else "no step left to do"
+            resumed = f", for it resumes after step {done}" if done else ""
             raise ValueError(
-                f"fault at rank {self.rank}, step {self.step}: this run has the ranks 0 to {ranks - 1} and the "
-                f"steps 1 to {steps}"
+                f"fault at rank {self.rank}, step {self.step}: this run has the ranks 0 to {ranks - 1} and "
+                f"{left}{resumed}"
             )
         per_stage = ranks // stages if stages else ranks
         if self.kind == "ragged" and stages and self.rank // per_stage not in (0, stages - 1):

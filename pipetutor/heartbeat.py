@@ -4,9 +4,9 @@
         heartbeat_rank0.json   step, instruction, micro-batch, the ranks it waits for, and since when
         stack_rank0.txt        the rank's Python stack, once somebody has asked for it
 
-A heartbeat is one line of fixed width, overwritten in place: some microseconds, against the tenths of a
-second that an instruction takes. On a GPU it says what the rank has begun to submit, which runs ahead of what
-the device computes. Standard library only.
+A heartbeat is one line, overwritten in place: some microseconds, against the tenths of a second that an
+instruction takes. By the checksum at its end a reader knows that it has all of it. On a GPU it says what the rank has
+begun to submit, which runs ahead of what the device computes. Standard library only.
 """
 
 import faulthandler
@@ -14,13 +14,15 @@ import json
 import os
 import signal
 import time
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 STACK_SIGNAL = signal.SIGUSR1
 COLLECTIVES = ("ReduceGrads", "AggregateLoss", "Barrier")
-_WIDTH = 512
+_LOOKS = 3  # at a heartbeat that is being written
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Heartbeat:
 
     def __init__(self, directory: Path | None, rank: int):
         self.beat = Beat(rank)
-        self._file = -1
+        self._file, self._width = -1, 0
         if directory:
             self._file = os.open(
                 directory / f"heartbeat_rank{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
@@ -85,19 +87,29 @@ class Heartbeat:
 
     def _write(self) -> None:
         if self._file >= 0:
-            line = json.dumps(asdict(self.beat) | {"since": time.time()})
-            os.pwrite(self._file, line.ljust(_WIDTH).encode(), 0)
+            text = json.dumps(vars(self.beat) | {"since": time.time()}, allow_nan=False)
+            line = f'{text[:-1]}, "sum": {zlib.crc32(text.encode())}}}'
+            self._width = max(self._width, len(line))  # blanks cover what is left of a longer one
+            os.pwrite(self._file, line.ljust(self._width).encode(), 0)
 
 
 def read(directory: Path) -> list[Beat]:
     """Return the last heartbeat of every rank that has one, in the order of ranks."""
     beats = []
     for path in directory.glob("heartbeat_rank*.json"):
-        try:
-            beats.append(Beat(**json.loads(path.read_text())))
-        except ValueError:
-            continue  # empty, or caught half-way through a write: the next look sees it whole
+        for _ in range(_LOOKS):
+            with suppress(ValueError):  # empty, or caught half-way through a write
+                beats.append(_whole(path.read_text().rstrip()))
+                break
     return sorted(beats, key=lambda beat: beat.rank)
+
+
+def _whole(line: str) -> Beat:
+    """Read a heartbeat; raise ValueError where it is not all of one."""
+    head, _, found = line.rpartition(', "sum": ')
+    if found != f"{zlib.crc32(f'{head}}}'.encode())}}}":
+        raise ValueError("parts of two heartbeats")
+    return Beat(**json.loads(f"{head}}}"))
 
 
 def culprits(beats: Sequence[Beat]) -> list[list[Beat]]:

@@ -89,8 +89,9 @@ def launch(
 ) -> Run:
     """Train in processes of their own, watch them, and return the record.
 
-    The ranks are started as DeepSpeed's launcher starts them. The ``deepspeed`` command that does the same work from
-    a terminal is printed. Whatever ends the call, an interrupt or the death of the kernel, no process stays.
+    The ranks are started as DeepSpeed's launcher starts them. A ``deepspeed`` command is printed that does the same
+    work in a terminal, and records it in a directory of its own beside this run's (``…-again``). Whatever ends the
+    call, an interrupt or the death of the kernel, no process stays.
 
     Args:
         stages: pipeline stages P; 0 trains the data-parallel baseline.
@@ -172,7 +173,7 @@ def launch(
         (directory / "logs").mkdir()
         records.write_json(directory / "config.json", whole_config)
         arguments = ["-p", str(stages), "-s", str(steps), "--seed", str(seed), "--backend", plan.backend]
-        arguments += ["--deepspeed_config", _short(directory / "config.json"), "--run-dir", _short(directory)]
+        arguments += ["--deepspeed_config", _short(directory / "config.json")]
         optional = {
             "--model": model if model != "alexnet" else None,
             "--dataset": dataset if dataset != "synthetic" else None,
@@ -192,15 +193,17 @@ def launch(
         for flag, value in optional.items():
             arguments += [flag, str(value)] if value is not None else []
         arguments += ["--recompute"] * recompute + ["--trace"] * trace
-        command = _deepspeed(ranks) + arguments
-        records.update(directory, command=shlex.join(command), model=model, config=whole_config, **plan.record())
+        again = _short(directory.with_name(f"{directory.name}-again"))
+        typed = shlex.join([*_deepspeed(ranks), *arguments, "--run-dir", again])
+        records.update(directory, command=typed, model=model, config=whole_config, **plan.record())
     except OSError as error:
         raise ValueError(disk.cannot(f"write the run to {directory}", error, "give another runs_dir")) from None
     explained = explain(whole_config, stages, replicas, schedule, chunks)
-    for line in filter(None, [explained, plan.notice, table, shlex.join(command)]):
+    for line in filter(None, [explained, plan.notice, table, typed]):
         print(line)
     lines = directory / records.STEPS
-    train, port = [sys.executable, "-u", "-m", "pipetutor.train", *arguments], free_port()
+    train = [sys.executable, "-u", "-m", "pipetutor.train", *arguments, "--run-dir", _short(directory)]
+    port = free_port()
     processes = [
         Process(train, rank_environment(rank, ranks, port), records.log_path(directory, rank).name)
         for rank in range(ranks)
@@ -209,6 +212,8 @@ def launch(
     if report["code"] != 0:
         raise RunFailed(diagnose(directory, report), directory)
     run = Run.load(directory)
+    if lost := records.lost_in(directory):
+        print(lost)
     if run.evaluations:
         last = run.evaluations[-1]
         print(f"test accuracy {last['accuracy']:.1%}: {last['correct']} of {last['images']} images")
@@ -216,7 +221,7 @@ def launch(
 
 
 def _brief(step: dict[str, Any]) -> str:
-    return f"loss {step['loss']:.3f}, {step['images_per_second']:.1f} images/s"
+    return f"loss {records.number(step['loss']):.3f}, {step['images_per_second']:.1f} images/s"
 
 
 def _check_weights(model: str, weights: str | Path) -> None:

@@ -4,13 +4,13 @@ DeepSpeed's ``PipelineModule`` sends the output of each layer to the next and no
 ``forward`` does more than that, a skip connection around layers or an auxiliary head, has no such list.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from pipetutor.partition import Layer
+from pipetutor.records import to_json
 from pipetutor.uncompiled import torchvision
 
 PARTS = ("features", "avgpool", "classifier")
@@ -134,7 +134,7 @@ def write_catalog(path: Path) -> None:
         except ValueError:
             continue
         models[name] = catalog_entry(layers)
-    lines = (f"{json.dumps(name)}: {json.dumps(layers)}" for name, layers in models.items())
+    lines = (f"{to_json(name)}: {to_json(layers)}" for name, layers in models.items())
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

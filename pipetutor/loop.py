@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,18 +102,22 @@ class Loop:
     def _resume(self) -> None:
         path = checkpoint.find(self.args.resume)
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-        same = checkpoint.restore(self.engine, path, manifest, self.topology)
+        lost = checkpoint.restore(self.engine, path, manifest, self.topology)
         self.step, self.start = manifest["step"], data.Position(*manifest["position"])
         say(f"resumed after step {self.step}, from {path}")
-        if not same:
+        if lost:
             self._draw_own_numbers()
-            say("another topology than that of the checkpoint: dropout draws other random numbers than it would have")
+            say(f"{lost}: dropout draws other random numbers than it would have")
 
     def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:
         """Train to the last step; ``one_step`` returns the mean loss over the train batch and all replicas."""
         args, engine = self.args, self.engine
-        writer = records.StepWriter(args.run_dir if dist.get_rank() == 0 else None, engine.train_batch_size())
-        evaluated = -1
+        directory = args.run_dir if dist.get_rank() == 0 else None
+        if directory:  # a run that is resumed into its own directory goes on from here, whatever came after
+            records.keep_until(directory, self.step)
+            checkpoint.keep_until(directory, self.step)
+        writer = records.StepWriter(directory, engine.train_batch_size())
+        evaluated, lost = -1, False
         while self.step < args.steps:
             self.step += 1
             self.heart.enter("training", self.step)
@@ -127,6 +132,9 @@ class Loop:
             if self.recorder:
                 self.recorder.end(self.step)
             writer.write(self.step, loss, time.perf_counter() - begin)
+            if not math.isfinite(loss) and not lost:
+                lost = True
+                say(records.lost(self.step))
             if self.step % 10 == 0 or self.step == args.steps:
                 say(f"step: {self.step:3d} / {args.steps:3d} loss: {loss:.6f}")
             if args.save_every and (self.step % args.save_every == 0 or self.step == args.steps):

@@ -42,8 +42,8 @@ def memory() -> Memory:
     return Memory(total, max(0, min([host.available, *(limit - used for limit, used in limits)])))
 
 
-def oom_kills() -> int:
-    """Return how many processes the kernel has killed here for want of memory; compare it before and after a run."""
+def oom_kills() -> int | None:
+    """Return how many processes the kernel has killed here for want of memory; see ``cgroups``."""
     return cgroups.oom_kills()
 
 

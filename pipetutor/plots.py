@@ -73,22 +73,29 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
 def stages(run: Run) -> Figure:
     """Draw the flat list of layers, with its parameters, and which stage held which.
 
+    Where a rank held several stages, a colour stands for the rank.
+
     Args:
         run: a pipeline run.
     """
     parameters = [layer.parameters / 1e6 for layer in catalog()[run.details["model"]]]
     figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
-    top = max(parameters) * 1.2
+    chunked = len(run.parts) - 1 > run.stages
+    top = max(parameters) * (1.35 if chunked else 1.2)  # room for what is written above the highest bar
     words = []
-    for stage in range(run.stages):
-        low, high = run.parts[stage], run.parts[stage + 1]
-        colour = COLOURS[stage % len(COLOURS)]
+    for stage, (low, high) in enumerate(pairwise(run.parts)):
+        rank = stage % run.stages
+        colour = COLOURS[rank % len(COLOURS)]
         axes.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.12, linewidth=0)
-        axes.bar(range(low, high), parameters[low:high], color=colour, hatch=HATCHES[stage % 4], edgecolor="white")
+        axes.bar(range(low, high), parameters[low:high], color=colour, hatch=HATCHES[rank % 4], edgecolor="white")
         total = sum(parameters[low:high])
-        words.append(f"stage {stage} holds layers {low} to {high - 1}, {total:.1f} million")
-        axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.1f} M", ha="center", va="top", color=colour)
+        where = f" on rank {rank}" if chunked else ""
+        words.append(f"stage {stage}{where} holds layers {low} to {high - 1}, {total:.1f} million")
+        name = f"stage {stage}\nrank {rank}" if chunked else f"stage {stage}"
+        size = 10 if high - low > 1 else 7  # as wide as a single layer
+        text = f"{name}\n{total:.1f} M"
+        axes.text((low + high - 1) / 2, top, text, ha="center", va="top", color=colour, fontsize=size)
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
     axes.set_xticks(range(len(parameters)))

@@ -218,7 +218,7 @@ def preflight(
     if chosen == "gloo" and not half and local_ranks == ranks and done < steps:
         _check_memory(model, sum(layer.parameters for layer in layers), config, zero_stage, batch.replicas)
     if fault is not None:
-        Fault.parse(fault).check(ranks, stages, steps)
+        Fault.parse(fault).check(ranks, stages, steps, done)
     if engine == "deepspeed" and schedule != "1f1b":
         raise ValueError(f"DeepSpeed's engine runs 1f1b, not {schedule}: engine='torch' (--engine torch) runs it")
     if config.get("pipeline", {}).get("activation_checkpoint_interval"):

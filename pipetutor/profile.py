@@ -4,7 +4,8 @@
         costs.json   what each layer costs here; see ``pipetutor.costs``
         key.json     what it holds for: model, micro-batch, ranks, threads, versions, machine
 
-Costs that were measured on a busy machine stay as they are until that directory is deleted.
+With another torch or torchvision, and when the code that measures has changed, costs are measured anew. Those that
+were measured on a busy machine stay as they are until that directory is deleted.
 
 DeepSpeed declares this method and raises NotImplementedError. The cut is ``pipetutor.partition.fastest``: exact, for
 a stage that loads, computes and then waits for each of its messages, as DeepSpeed's do. No torch: with costs in the
@@ -29,6 +30,7 @@ from pipetutor.preflight import Plan
 
 STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two moments
 DTYPE = "float32"
+MEASURING = ("costs", "measurement", "accumulate", "data", "layers")  # the modules whose code costs depend on
 # What keeps torch, oneDNN and MKL from instructions that the CPU has.
 INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
 
@@ -54,7 +56,7 @@ def cached(model: str, micro_batch: int, ranks: int, dropout: float | None = Non
         ranks: ranks on this host.
         dropout: probability for every dropout layer; None keeps the model's own.
     """
-    key = json.dumps(_key(model, micro_batch, ranks, dropout), sort_keys=True)
+    key = json.dumps(_key(model, micro_batch, ranks, dropout), sort_keys=True, allow_nan=False)
     return home() / f"{model}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -68,11 +70,18 @@ def _key(model: str, micro_batch: int, ranks: int, dropout: float | None) -> dic
         "environment": environment(ranks),
         "dtype": DTYPE,
         "linear gradients": "in place",
-        "torch": machine.versions()["torch"],
+        "versions": {name: machine.versions()[name] for name in ("torch", "torchvision")},
+        "code": _digest(),
         "cpu": machine.cpu_name(),
         "instructions": {name: os.environ.get(name) for name in INSTRUCTIONS},
         "cores": machine.cpu_cores(),
     }
+
+
+def _digest() -> str:
+    """Return a sum of the code by which costs are measured, and of the form in which they are kept."""
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in MEASURING)
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def _read(directory: Path, model: str) -> LayerCosts | None:

@@ -128,7 +128,7 @@ class Difference:
 
 
 def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Difference:
-    """Compare tensors of the same names; a NaN counts as an infinite difference.
+    """Compare tensors of the same names; a NaN, on either side, counts as an infinite difference.
 
     >>> compare({"w": torch.tensor([2.0, 4.0])}, {"w": torch.tensor([1.0, 2.0])})
     Difference(absolute=2.0, relative=1.0, factor=2.0)
@@ -137,15 +137,20 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     product = square = 0.0
     for name, tensor in found.items():
         wanted = expected[name]
-        absolute = (tensor - wanted).abs().max().item()
-        absolute = absolute if absolute == absolute else float("inf")
+        absolute = _or_infinite((tensor - wanted).abs().max().item())
         worst.absolute = max(worst.absolute, absolute)
         if absolute:
-            worst.relative = max(worst.relative, absolute / max(wanted.abs().max().item(), 1e-30))
+            relative = _or_infinite(absolute / max(wanted.abs().max().item(), 1e-30))
+            worst.relative = max(worst.relative, relative)
         product += torch.dot(tensor.flatten(), wanted.flatten()).item()
         square += torch.dot(wanted.flatten(), wanted.flatten()).item()
     worst.factor = product / square if square else 1.0
     return worst
+
+
+def _or_infinite(difference: float) -> float:
+    """Return a difference, and infinity for a NaN, which no comparison would find too large."""
+    return difference if difference == difference else float("inf")
 
 
 def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
@@ -211,8 +216,11 @@ def judge(case: Case, ranks: list[dict[str, Any]], losses: list[float]) -> dict[
     row: dict[str, Any] = asdict(case)
     for part in ("initial", "gradient", "final"):
         row[part] = {kind: max(rank[part][kind] for rank in ranks) for kind in ("absolute", "relative")}
-    loss = [max(abs(rank["losses"][step] - wanted) for rank in ranks) for step, wanted in enumerate(losses)]
-    row["loss"] = {"absolute": max(loss), "relative": max(d / abs(w) for d, w in zip(loss, losses, strict=True))}
+    loss = [
+        max(_or_infinite(abs(rank["losses"][step] - wanted)) for rank in ranks) for step, wanted in enumerate(losses)
+    ]
+    relative = [_or_infinite(difference / abs(wanted)) for difference, wanted in zip(loss, losses, strict=True)]
+    row["loss"] = {"absolute": max(loss), "relative": max(relative)}
     reasons = []
     same, limit = (MARGIN * TOLERANCE, MARGIN * TOLERANCE) if case.control else (0.0, TOLERANCE)
     others = sorted({rank["stage"] for rank in ranks if rank["initial"]["relative"] > same})

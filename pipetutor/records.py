@@ -11,11 +11,16 @@
         heartbeat_rank0.json, stack_rank0.txt    see pipetutor.heartbeat
 
 The ranks and the supervisor write it; the launcher, the figures and the tests read it. Every file but the
-two that grow (steps, logs) appears whole or not at all. Standard library only.
+two that grow (steps, logs) appears whole or not at all. A directory belongs to one run: another one is refused it,
+unless it goes on from a checkpoint in it. JSON has no word for NaN and infinity: they are written as null, and a loss
+that is null is read as NaN. Standard library only.
 """
 
+import contextlib
 import json
+import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,11 +33,40 @@ from pipetutor import disk
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Return ``content`` as JSON, with null for each float that is no number or infinite.
+
+    >>> to_json({"loss": float("nan")})
+    '{"loss": null}'
+    """
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def number(value: float | None) -> float:
+    """Return a float that was read from JSON: NaN for null."""
+    return math.nan if value is None else value
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` so that ``path`` holds all of it or does not change, even when the disk is full."""
+    _write(path, to_json(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(text)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,6 +106,59 @@ def update(directory: Path, **fields: Any) -> None:
     write_json(directory / "run.json", read(directory) | fields)
 
 
+def close(directory: Path, status: str, **fields: Any) -> None:
+    """Say in ``run.json`` how a run ended, and in ``done`` which step was its last complete one."""
+    steps = _undamaged(directory / STEPS)
+    done = {"done": steps[-1]["step"]} if steps else {}
+    update(directory, status=status, **done, **fields)
+
+
+def held(directory: Path) -> str:
+    """Say in a few words what run a directory holds; nothing where there is none, or one that came to nothing.
+
+    >>> held(Path("runs/20261124-101502-p2r1"))  # doctest: +SKIP
+    'status finished, 20 steps, checkpoint step-000020'
+    """
+    try:
+        status = read(directory).get("status", "starting")
+    except ValueError:
+        status = "unknown, for run.json is damaged"
+    found = []
+    if steps := len(_undamaged(directory / STEPS)):
+        found.append(f"{steps} step{'s' if steps > 1 else ''}")
+    if saved := sorted(path.name for path in directory.glob("checkpoints/step-*")):
+        found.append(f"checkpoint {saved[-1]}")
+    if not found and status in ("starting", "failed", "interrupted"):
+        return ""
+    return ", ".join([f"status {status}", *found])
+
+
+def forget(directory: Path, rank: int, ranks: int) -> None:
+    """Remove what ranks of an earlier run said of themselves: failures, heartbeats, stacks and traces.
+
+    Each rank removes its own, before it writes any, and the first one also those of ranks that are no more.
+
+    Args:
+        directory: the run directory.
+        rank: whose files go.
+        ranks: how many the run has now.
+    """
+    for path in directory.glob("*_rank*"):
+        number = re.search(r"^(?:failure|heartbeat|stack|trace)_rank(\d+)\.", path.name)
+        if number and (int(number[1]) == rank or (rank == 0 and int(number[1]) >= ranks)):
+            path.unlink(missing_ok=True)
+    if rank == 0:
+        (directory / "trace.json").unlink(missing_ok=True)
+
+
+def keep_until(directory: Path, step: int) -> None:
+    """Drop the steps and evaluations after ``step``: a run goes on from there, and will have them again."""
+    for path in (directory / STEPS, directory / EVALUATIONS):
+        if path.exists():
+            kept = [line for line in _undamaged(path) if line["step"] <= step]
+            _write(path, "".join(to_json(line) + "\n" for line in kept))
+
+
 def write_failure(directory: Path, rank: int, error: BaseException, trace: str) -> None:
     """Keep what a rank raised, with the time, so that the first failure can be told from its consequences."""
     record = {
@@ -92,15 +179,15 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
 def append(path: Path, content: Any) -> None:
     """Add one line to a file of JSON lines; a reader sees all of it or nothing."""
     with path.open("a") as file:
-        file.write(json.dumps(content) + "\n")
+        file.write(to_json(content) + "\n")
 
 
 class StepWriter:
-    """Writes one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
+    """Adds one line a step to ``steps.jsonl``; a reader sees every step as soon as it is done."""
 
     def __init__(self, directory: Path | None, train_batch: int):
         self._train_batch = train_batch
-        self._file = (directory / STEPS).open("w", buffering=1) if directory else None
+        self._file = (directory / STEPS).open("a", buffering=1) if directory else None
 
     def write(self, step: int, loss: float, seconds: float) -> None:
         """Write one step.
@@ -113,7 +200,7 @@ class StepWriter:
         if self._file:
             rate = self._train_batch / seconds
             line = {"step": step, "loss": loss, "seconds": seconds, "images_per_second": rate}
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(to_json(line) + "\n")
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -122,6 +209,30 @@ def read_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
         for line in path.read_text().splitlines(keepends=True)[start:]:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def _undamaged(path: Path) -> list[dict[str, Any]]:
+    """Return the lines up to the first that is damaged, as a full disk or a power cut may leave one."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(ValueError):
+        for line in read_lines(path):
+            found.append(line)
+    return found
+
+
+def lost(step: int) -> str:
+    """Say what it means that a step's loss is no number, and what to do."""
+    return (
+        f"the loss of step {step} is no number: something in the model has become too large, and nothing is learned "
+        "from there on; use a lower learning rate, or gradient_clipping in the config, and bf16 rather than fp16"
+    )
+
+
+def lost_in(directory: Path) -> str:
+    """Say so of the first step of a run whose loss is no number; nothing where there is none."""
+    steps = _undamaged(directory / STEPS)
+    first = next((line["step"] for line in steps if not math.isfinite(number(line["loss"]))), None)
+    return "" if first is None else lost(first)
 
 
 def log_path(directory: Path, rank: int) -> Path:
@@ -138,17 +249,17 @@ class Run:
 
     Attributes:
         directory: where it is kept.
-        command: the terminal command that does the same work.
+        command: the terminal command that does the same work, into a directory of its own.
         stages: pipeline stages P; 0 for the data-parallel baseline.
         replicas: data-parallel copies.
-        losses: mean loss of each step, over the whole train batch.
+        losses: mean loss of each step, over the whole train batch; NaN where it was no number.
         seconds: wall time of each step.
-        first_step: the number of the first of these steps; 1, unless the run was resumed.
+        first_step: the number of the first of these steps; 1, unless the run was resumed into a new directory.
         evaluations: a dict for each: step, correct, images, accuracy, loss.
         train_batch: images a step, all replicas together.
         micro_batch: images a micro-batch.
         micro_batches: M, micro-batches a step and replica.
-        parts: partition bounds, P + 1 layer indices; empty for the baseline.
+        parts: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
         layers: class name of each layer of the flat model; empty for the baseline.
         status: ``finished``, ``failed``, ``interrupted``, or ``running`` when nothing closed the record.
         details: all of run.json: config, versions, machine.
@@ -187,7 +298,7 @@ class Run:
         return self.evaluations[-1]["accuracy"]
 
     def stage_layers(self, stage: int) -> list[str]:
-        """Return the class names of the layers that one stage held."""
+        """Return the class names of the layers that one stage of the P x chunks held."""
         return self.layers[self.parts[stage] : self.parts[stage + 1]]
 
     @classmethod
@@ -203,10 +314,10 @@ class Run:
             steps = list(read_lines(directory / STEPS))
             return cls(
                 directory=directory,
-                losses=[step["loss"] for step in steps],
+                losses=[number(step["loss"]) for step in steps],
                 seconds=[step["seconds"] for step in steps],
                 first_step=steps[0]["step"] if steps else details.get("done", 0) + 1,
-                evaluations=list(read_lines(directory / EVALUATIONS)),
+                evaluations=[line | {"loss": number(line["loss"])} for line in read_lines(directory / EVALUATIONS)],
                 details=details,
                 **{
                     name: details[name]

@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from pipetutor import heartbeat, records
+from pipetutor import heartbeat, machine, records
 
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -143,12 +143,13 @@ def supervise(
     Returns:
         ``code``: 0 where every process was seen to end with it, else the code of the first that ended badly, None if
         none did; ``cancelled``; ``ended``: the ranks in the order in which they ended, with pid, time and exit code;
-        ``deadline``; ``ranks``, the count; and ``stalled``: every rank's last heartbeat, or None if it did not.
+        ``deadline``; ``ranks``, the count; ``oom_kills``: how many processes the system has killed meanwhile for want
+        of memory, None where it does not tell; and ``stalled``: every rank's last heartbeat, or None if it did not.
 
     Raises:
         OSError: one of them cannot be started.
     """
-    progress = Progress(directory, len(processes), deadline)
+    progress, killed = Progress(directory, len(processes), deadline), machine.oom_kills()
     end, cancelled = float("inf"), False
     stalled: list[heartbeat.Beat] | None = None
     running = {rank: _start(process, directory) for rank, process in enumerate(processes)}
@@ -170,8 +171,10 @@ def supervise(
     bad = next((end["code"] for end in ended if end["code"]), None)
     code = 0 if len(ended) == len(processes) and bad is None else bad
     if records.read(directory).get("status") != "finished" or code != 0:
-        records.update(directory, status="interrupted" if cancelled else "failed")
+        records.close(directory, "interrupted" if cancelled else "failed")
     report = {"code": code, "cancelled": cancelled, "ended": ended, "deadline": deadline, "ranks": len(processes)}
+    more = machine.oom_kills()
+    report["oom_kills"] = None if more is None or killed is None else more - killed
     return report | {"stalled": None if stalled is None else [asdict(beat) for beat in stalled]}
 
 
@@ -201,8 +204,9 @@ def main() -> None:
         attention = Attention(parent)
         asked = json.loads(sys.stdin.readline())
         processes = [Process(**process) for process in asked["processes"]]
-        report = supervise(processes, directory, asked["deadline"], attention.given_up)
+        deadline = float("inf") if asked["deadline"] is None else asked["deadline"]  # JSON has null for infinity
+        report = supervise(processes, directory, deadline, attention.given_up)
     except BaseException as error:
         kill_descendants()  # whatever it was, no rank stays
         report = {"error": "".join(traceback.format_exception_only(error)).strip()}
-    print(json.dumps(report), flush=True)
+    print(records.to_json(report), flush=True)

@@ -14,7 +14,6 @@ pipelines send in the background). What comes after is called transfer. It is as
 both ends, and what the operating system does in between.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipetutor.clock import CudaClock, HostClock, clock_offset
-from pipetutor.records import Run, append, read_lines
+from pipetutor.records import Run, append, read_lines, to_json
 from pipetutor.schedules import PARTNERS
 from pipetutor.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
 
@@ -60,7 +59,7 @@ class Recorder:
             blocking: whether its engine sends and receives with calls that return once the message is there.
         """
         head = self._head | {"replica": replica, "blocking": blocking, "clock_offset": self._offset}
-        self._path.write_text(json.dumps(head | {"with_model": self._clock.tensors()}) + "\n")
+        self._path.write_text(to_json(head | {"with_model": self._clock.tensors()}) + "\n")
 
     def begin(self) -> None:
         """Start recording a step."""
@@ -271,7 +270,7 @@ def write_chrome(directory: Path) -> Path:
             events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
     path = directory / "trace.json"
     about = {"waiting": WAITING[blocking], "devices": [head["device"] for head in trace.heads]}
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
+    path.write_text(to_json({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
     return path
 
 

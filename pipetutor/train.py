@@ -79,7 +79,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="alexnet", help="a torchvision model that join_layers can flatten")
     parser.add_argument("--partition", default="parameters", help=METHODS)
     parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
-    parser.add_argument("--run-dir", type=_path, help="record the run there")
+    parser.add_argument("--run-dir", type=_path, help="record the run there: a new one, or that which is resumed")
     parser.add_argument("--eval-every", type=int, help="evaluate on the test set every N steps and at the end")
     parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
     parser.add_argument("--resume", type=_path, help="a checkpoint, or a run directory: go on from its newest")
@@ -245,25 +245,37 @@ def _cut_of_first(plan: Plan) -> Plan:
     return replace(plan, bounds=bounds[0])
 
 
+def _take_directory(args: argparse.Namespace, rank: int) -> None:
+    """Make the run directory this run's own, unless another run is in it that this one does not go on with.
+
+    Every rank looks, before any of them writes: none starts a record before all have joined.
+    """
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    goes_on = args.resume and checkpoint.find(args.resume).resolve().parent.parent == args.run_dir.resolve()
+    if (held := records.held(args.run_dir)) and not goes_on:
+        saved = f", or go on with it: --resume {args.run_dir}" if "checkpoint" in held else ""
+        raise ValueError(f"--run-dir {args.run_dir} holds a run already ({held}): give another --run-dir{saved}")
+    records.forget(args.run_dir, rank, int(os.environ.get("WORLD_SIZE", "1")))
+    Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
+
+
 def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
-    """Say in run.json what this run is; a directory that held another run is taken over."""
+    """Say in run.json what this run is."""
     command = f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {shlex.join(_own_arguments())}"
     known = records.read(args.run_dir)
     if known.get("status") == "starting":  # made by launch for this run
         command = known["command"]
-    for stale in [args.run_dir / records.EVALUATIONS, *args.run_dir.glob("trace*")]:
-        stale.unlink(missing_ok=True)
-    records.update(
-        args.run_dir,
-        status="running",
-        command=command,
-        model=args.model,
-        config=read_config(args.deepspeed_config, args.dtype),
-        versions=versions(),
-        device=str(deepspeed.get_accelerator().current_device_name()),
-        threads_per_rank=torch.get_num_threads(),
-        **plan.record(),
-    )
+    about = {
+        "status": "running",
+        "command": command,
+        "model": args.model,
+        "config": read_config(args.deepspeed_config, args.dtype),
+        "versions": versions(),
+        "device": str(deepspeed.get_accelerator().current_device_name()),
+        "threads_per_rank": torch.get_num_threads(),
+    }
+    # Written anew: what an earlier part of the run came to is not what this one does.
+    records.write_json(args.run_dir / "run.json", about | plan.record())
 
 
 def main() -> None:
@@ -286,8 +298,7 @@ def main() -> None:
                 raise ValueError(f"--{flag.replace('_', '-')} needs a place to write to: give --run-dir, too")
         if args.run_dir:
             try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
+                _take_directory(args, rank)
             except OSError as error:
                 words = disk.cannot(f"write --run-dir {args.run_dir}", error, "give another directory")
                 raise ValueError(words) from None
@@ -320,10 +331,12 @@ def main() -> None:
             run = records.Run.load(args.run_dir)
             result = {"loss": run.losses[-1], "images_per_second": run.samples_per_second} if run.losses else {}
             accuracy = {"accuracy": run.accuracy} if run.evaluations else {}
-            records.update(args.run_dir, status="finished", result=result | accuracy)
+            records.close(args.run_dir, "finished", result=result | accuracy)
     except Exception as error:
         if args.run_dir:
             records.write_failure(args.run_dir, rank, error, traceback.format_exc())
+            if rank == 0 and records.read(args.run_dir).get("status") == "running":
+                records.close(args.run_dir, "failed")
         if isinstance(error, DataError | checkpoint.CheckpointError):
             print(f"pipetutor: {error}", file=sys.stderr)
             sys.exit(2)

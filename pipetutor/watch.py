@@ -78,7 +78,7 @@ def watch(
     assert supervisor.stdin and supervisor.stdout and supervisor.stderr
     output, interrupted = b"", False
     try:
-        _tell(supervisor.stdin, json.dumps(asked))
+        _tell(supervisor.stdin, records.to_json(asked))
         with _bar(total, unit) as bar, selectors.DefaultSelector() as selector:
             selector.register(supervisor.stdout, selectors.EVENT_READ)
             ended = False
@@ -108,7 +108,7 @@ def watch(
     if not output or "error" in report:
         error = report.get("error") or f"its supervisor is gone{_ended(supervisor.returncode, said)}"
         with contextlib.suppress(OSError, ValueError):  # the record itself may be what is wrong
-            records.update(directory, status="failed")
+            records.close(directory, "failed")
         raise RunFailed(f"{directory.name} failed: {error}", directory)
     return report
 
@@ -152,7 +152,7 @@ def run_job(
     """
     __tracebackhide__ = True  # by IPython
     (directory / "logs").mkdir()
-    command = [sys.executable, "-m", module, str(directory), json.dumps(asked)]
+    command = [sys.executable, "-m", module, str(directory), records.to_json(asked)]
     process = Process(command, os.environ | environment, "job.log")
     rows = directory / "rows.jsonl"
     report = watch([process], directory, math.inf, rows, total, unit, describe)

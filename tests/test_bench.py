@@ -97,7 +97,7 @@ def test_stages_loading_and_what_is_not_compared(tmp_path):
     assert Bench(ROWS, tmp_path).loading == {} and Bench(ROWS, tmp_path).by_stages == {}
 
 
-@pytest.mark.parametrize("loss", [1.6, float("nan")])
+@pytest.mark.parametrize("loss", [1.6, float("nan"), None])
 def test_a_rival_with_other_losses_is_named(tmp_path, loss):
     found = Bench([*ROWS, row("plain", 99.0, [2.0, loss])], tmp_path)
     assert found.wrong == ["plain"]

@@ -40,6 +40,7 @@ def test_equal_is_equal():
         ({"gradient": {"relative": 3.0, "factor": 4.0}}, "gradients of stage 1 are 4 times what they should be"),
         ({"final": {"relative": 2e-5}}, "the gradients agree, and the updated parameters do not"),
         ({"losses": [2.0, 2.0, 2.1]}, "the parameters agree, and the losses do not"),
+        ({"losses": [2.0, 2.0, float("nan")]}, "the parameters agree, and the losses do not"),
     ],
 )
 def test_what_differs_is_named(changed, reason):
@@ -91,6 +92,7 @@ def test_one_wrong_entry_among_many_tensors_is_found():
     )
     wrong["a"][3] = float("nan")
     assert compare(wrong, expected).relative == float("inf")
+    assert compare(expected, wrong).relative == float("inf"), "nor does anything equal a reference that has one"
 
 
 def test_the_models_begin_the_same_and_have_no_dropout():

@@ -54,6 +54,7 @@ def test_the_same_topology_goes_on_bit_for_bit(saved, runs):
     again = ["-s", 4, "--resume", saved.directory / "checkpoints/step-000002", *MOBILE]
     run = train(runs, *again, stages=2, config=SCHEDULED, patch=few_images)
     assert run.first_step == 3 and run.losses == saved.losses[2:]
+    assert "draws other random numbers" not in (runs / "rank0.txt").read_text()
     assert len(set(saved.losses)) == 4
 
 
@@ -95,12 +96,55 @@ def forget_with_few_images(part):
     forget(part)
 
 
+@pytest.mark.parametrize("named", ["", "checkpoints/step-000002"])
+def test_a_run_that_goes_on_in_its_own_directory_has_each_step_once(saved, runs, named):
+    """What came after the checkpoint is dropped, and what the ranks of the earlier part said of themselves."""
+    directory = shutil.copytree(saved.directory, runs / "run")
+    if not named:
+        shutil.rmtree(directory / "checkpoints/step-000004")  # as if it had been cut off before it saved
+    evaluated = [f'{{"step": {step}, "accuracy": 0.5, "loss": 2.0}}\n' for step in (1, 4)]
+    (directory / "evaluations.jsonl").write_text("".join(evaluated))
+    for stale in ("failure_rank0.json", "failure_rank7.json", "heartbeat_rank7.json", "trace_rank1.jsonl"):
+        (directory / stale).write_text("{}")
+    again = ["-s", 3, "--resume", directory / named, *MOBILE]
+    run = train(directory, *again, stages=2, config=SCHEDULED, patch=few_images)
+    steps = [json.loads(line)["step"] for line in (directory / "steps.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3] and run.losses == saved.losses[:3] and len(run.seconds) == 3
+    assert [evaluation["step"] for evaluation in run.evaluations] == [1]
+    assert run.first_step == 1 and run.status == "finished" and run.details["done"] == 3
+    assert run.details["result"]["loss"] == saved.losses[2]
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-000002"]
+    assert not [path for stale in ("*_rank7*", "failure*", "trace*") for path in directory.glob(stale)]
+
+
 @pytest.mark.parametrize("part", ["optimizer.", "random."])
 def test_the_optimizer_and_the_random_numbers_matter(saved, runs, part):
     """Without either the losses differ: what the tests above compare does depend on both."""
     again = ["-s", 4, "--resume", saved.directory / "checkpoints/step-000002", *MOBILE]
     run = train(runs, *again, stages=2, config=SCHEDULED, patch=functools.partial(forget_with_few_images, part))
     assert len(run.losses) == 2 and run.losses != saved.losses[2:]
+
+
+def on_another_device():
+    from pipetutor import checkpoint
+
+    few_images()
+    random_state = checkpoint._random_state
+
+    def of_a_gpu(rank):
+        state = random_state(rank)
+        return state | {f"random.{rank}.cuda": state[f"random.{rank}.cpu"][:16]}
+
+    checkpoint._random_state = of_a_gpu
+
+
+@pytest.mark.parametrize("first, then", [(on_another_device, few_images), (few_images, on_another_device)])
+def test_random_numbers_of_another_device_do_not_go_on_and_that_is_said(runs, first, then):
+    """What dropout drew on a GPU it cannot go on to draw on a CPU, nor the other way round."""
+    train(runs / "first", "-s", 1, "--save-every", 1, *MOBILE, patch=first)
+    train(runs / "then", "-s", 2, "--resume", runs / "first", *MOBILE, patch=then)
+    words = "another kind of device than that of the checkpoint: dropout draws other random numbers"
+    assert words in (runs / "then" / "rank0.txt").read_text()
 
 
 def test_exported_weights_are_torchvisions_own(saved, tmp_path):
@@ -207,6 +251,10 @@ def test_no_code_in_a_checkpoint_is_executed(copy, runs):
         (["-s", 3], "stands after step 4, and this run ends with step 3"),
         (["-s", 4], "nothing is left to do: the checkpoint stands after step 4"),
         (["--resume", "nowhere"], "nowhere holds no checkpoint"),
+        (
+            ["--fault", "stall:rank=0,step=4"],
+            "has the ranks 0 to 0 and the steps 5 to 5, for it resumes after step 4",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_before_anything_starts(saved, runs, arguments, words):
@@ -290,6 +338,6 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it(runs, patch):
     assert [path.name for path in left.glob("step-*")] == ["step-000001"]
     assert [path.name for path in left.glob(".step-*")] == [".step-000002.partial"]
     run = train(runs / "crashed", "-s", 3, "--resume", runs / "crashed", *arguments)
-    assert run.losses == whole.losses[1:]
+    assert (run.first_step, run.losses) == (1, whole.losses), "the step before the crash is still told"
     assert sorted(path.name for path in left.iterdir()) == ["step-000002", "step-000003"]
     assert json.loads((left / "step-000003/checkpoint.json").read_text())["step"] == 3

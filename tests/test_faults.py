@@ -1,14 +1,19 @@
 """A run that hangs, dies or slows down is ended in time, and the error names who, where and why."""
 
+import json
 import os
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
-from conftest import SMALL_SGD, RankFailed, processes_of, train
+from conftest import HANGS, SMALL_SGD, RankFailed, processes_of, train
 
 from pipetutor import RunFailed, launch, records
 from pipetutor.diagnosis import diagnose
-from pipetutor.faults import Fault
+from pipetutor.faults import KINDS, Fault
 from pipetutor.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
 from pipetutor.supervise import Progress
 
@@ -114,6 +119,29 @@ def test_a_heartbeat_that_is_being_written_is_read_at_the_next_look(tmp_path):
     assert ranks_of(read(tmp_path)) == [0]
 
 
+def test_a_heartbeat_may_be_of_any_length(tmp_path):
+    """A thousand ranks wait in a collective, and then two for each other: nothing of the longer line stays."""
+    heart = Heartbeat(tmp_path, 0)
+    for peers in ([], list(range(1, 1000)), [1]):
+        heart.before("ReduceGrads", None, peers)
+        (beat,) = read(tmp_path)
+        assert (beat.instruction, beat.peers) == ("ReduceGrads", peers)
+    assert json.loads((tmp_path / "heartbeat_rank0.json").read_text())["peers"] == [1]
+
+
+def test_parts_of_two_heartbeats_are_none(tmp_path):
+    """Of equal length and each of them JSON: only the checksum tells."""
+    heart, path = Heartbeat(tmp_path, 0), tmp_path / "heartbeat_rank0.json"
+    heart.enter("training", 3)
+    heart.before("ForwardPass", 1)
+    first = path.read_text()
+    heart.before("BackwardAll", 2)
+    second = path.read_text()
+    torn = first[: first.index('"micro_batch"')] + second[second.index('"micro_batch"') :]
+    path.write_text(torn)
+    assert json.loads(torn)["instruction"] == "ForwardPass" and not read(tmp_path)
+
+
 def test_a_process_writes_its_stack_when_asked(tmp_path):
     Heartbeat(tmp_path, 0)
     ask_for_stacks(tmp_path, {0: os.getpid()})
@@ -154,6 +182,141 @@ def test_a_complaint_of_a_lost_connection_comes_after_its_cause(tmp_path, compla
     assert diagnose(tmp_path, report).startswith("rank 1 failed first: killed by SIGKILL (exit code -9)")
 
 
+def head_and_next(directory, *ends, **more):
+    """The first two lines of a diagnosis of ranks that ended so, one after another: (rank, code)."""
+    (directory / "logs").mkdir(exist_ok=True)
+    now = time.time()
+    ended = [{"rank": rank, "pid": 2, "time": now + place, "code": code} for place, (rank, code) in enumerate(ends)]
+    report = {"code": 1, "cancelled": False, "ended": ended, "deadline": 300, "ranks": 2, "stalled": None}
+    return diagnose(directory, report | more).splitlines()[:2]
+
+
+def test_what_a_rank_said_goes_before_how_it_was_ended(tmp_path):
+    records.write_failure(tmp_path, 1, ArithmeticError("the loss"), "")
+    head, _ = head_and_next(tmp_path, (0, -15), (1, -15))
+    assert head == "rank 1 failed first: ArithmeticError: the loss (then ended by SIGTERM)"
+    head, _ = head_and_next(tmp_path, (0, -15), (1, 1))
+    assert head == "rank 1 failed first: ArithmeticError: the loss (exit code 1)"
+
+
+def test_a_rank_that_was_asked_to_end_followed_another_one(tmp_path):
+    assert head_and_next(tmp_path, (0, -15), (1, 3))[0].startswith(
+        "rank 1 failed first: see its last lines (exit code 3)"
+    )
+    assert head_and_next(tmp_path, (0, -35), (1, 3))[0].startswith("rank 0 failed first: killed by signal 35 (exit")
+    records.write_failure(tmp_path, 1, RuntimeError("Connection reset by peer"), "")
+    assert head_and_next(tmp_path, (0, -15), (1, 1))[0].startswith("rank 0 failed first: killed by SIGTERM")
+
+
+@pytest.mark.parametrize(
+    "kills, words",
+    [
+        (1, "out of memory: the system's out-of-memory killer ended rank 1; use a smaller micro-batch, more stages"),
+        (None, "nothing of this run killed rank 1: probably the system's out-of-memory killer did"),
+        (0, "its last lines, from "),
+    ],
+)
+def test_a_rank_that_was_killed_ran_out_of_memory_as_far_as_the_system_tells(tmp_path, kills, words):
+    head, then = head_and_next(tmp_path, (1, -9), oom_kills=kills)
+    assert head == "rank 1 failed first: killed by SIGKILL (exit code -9)" and then.startswith(words)
+    records.write_json(tmp_path / "run.json", {"command": "deepspeed --fault die:step=2,rank=1 -p 2"})
+    asked = head_and_next(tmp_path, (1, -9), oom_kills=None)
+    assert asked[1].startswith("its last lines"), "the fault was asked for"
+
+
+@pytest.fixture
+def little_memory():
+    """A control group of 200 MB, where this user may make one."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    group = (old if old.exists() else new) / f"pipetutor-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = group / ("memory.limit_in_bytes" if old.exists() else "memory.max")
+        limit.write_text("200M")
+        for swap in ("memory.memsw.limit_in_bytes", "memory.swap.max"):
+            if (group / swap).exists():
+                (group / swap).write_text("200M" if "memsw" in swap else "0")
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"no control group of its own can be made here: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_the_systems_out_of_memory_killer_is_named_for_certain(runs, little_memory):
+    """A rank that takes more than its container has: the supervisor sees the system's count of kills rise."""
+    code = """
+        import os, sys
+        from pathlib import Path
+        from pipetutor import records
+        from pipetutor.diagnosis import diagnose
+        from pipetutor.supervise import Process
+        from pipetutor.watch import watch
+
+        directory = records.create(Path(sys.argv[1]), "hungry")
+        (directory / "logs").mkdir()
+        ranks = [Process([sys.executable, "-c", f"x = bytearray({size})"], dict(os.environ), f"rank{rank}.log")
+                 for rank, size in enumerate((1, 10**9))]
+        print(diagnose(directory, watch(ranks, directory, 300, directory / "steps.jsonl", 1, "steps", str)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(runs)]
+    done = subprocess.run(
+        command,
+        preexec_fn=lambda: (little_memory / "cgroup.procs").write_text("0"),
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+    assert done.stdout.splitlines()[:2] == [
+        "rank 1 failed first: killed by SIGKILL (exit code -9)",
+        "out of memory: the system's out-of-memory killer ended rank 1; use a smaller micro-batch, more stages, or "
+        "recompute=True (--recompute)",
+    ], done.stderr
+
+
+def no_memory():
+    import torch
+
+    torch.empty(1 << 45)
+
+
+def cuda_out_of_memory():
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_12>: No space left on device (28)")
+
+
+@pytest.mark.parametrize(
+    "fail, words",
+    [
+        (
+            no_memory,
+            "rank 1 ran out of memory: use a smaller micro-batch, more stages, or recompute=True (--recompute)",
+        ),
+        (cuda_out_of_memory, "rank 1 ran out of memory: use a smaller micro-batch"),
+        (lambda: bytearray(1 << 60), "rank 1 ran out of memory: use a smaller micro-batch"),
+        (shared_memory, "rank 1 probably found /dev/shm full"),
+    ],
+)
+def test_memory_that_a_rank_does_not_get_is_named_in_words(tmp_path, fail, words):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        fail()
+    records.write_failure(tmp_path, 1, caught.value, "")
+    assert head_and_next(tmp_path, (0, -15), (1, 1))[1].startswith(words)
+
+
+def test_memory_that_no_rank_could_tell_of_is_found_in_its_log_or_its_signal(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank1.log").write_text("terminate called after throwing an instance of 'std::bad_alloc'\n")
+    assert head_and_next(tmp_path, (1, -6))[1].startswith("rank 1 ran out of memory")
+    assert head_and_next(tmp_path, (0, -7))[1].startswith("rank 0 probably found /dev/shm full")
+
+
 @pytest.mark.parametrize("phase, stands", [("training", True), ("saving", False), ("finished", False)])
 def test_only_steps_have_to_meet_the_deadline(tmp_path, phase, stands):
     """A run that saves, or has done its last step, may take longer than a step may."""
@@ -190,6 +353,16 @@ def test_a_fault_that_says_too_little_is_refused(text, words):
 def test_a_fault_that_the_run_has_no_place_for_is_refused(fault, stages, words):
     with pytest.raises(ValueError, match=words):
         launch(stages=stages, steps=3, fault=fault)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_before_the_step_from_which_a_run_goes_on_is_refused(kind):
+    fault = Fault.parse(f"{kind}:rank=0,step=4")
+    fault.check(ranks=2, stages=2, steps=6, done=3)
+    with pytest.raises(ValueError, match=r"has the ranks 0 to 1 and the steps 5 to 6, for it resumes after step 4$"):
+        fault.check(ranks=2, stages=2, steps=6, done=4)
+    with pytest.raises(ValueError, match=r"no step left to do, for it resumes after step 4$"):
+        fault.check(ranks=2, stages=2, steps=4, done=4)
 
 
 def test_a_fault_can_be_read_back():

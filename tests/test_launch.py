@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train
 
-from pipetutor import Run, RunFailed, launch
+from pipetutor import Run, RunFailed, launch, records
 from pipetutor.launch import free_port
 from pipetutor.records import STEPS, read_lines
 
@@ -84,9 +84,12 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
 def test_the_printed_command_does_the_same_work_alone(runs, capsys):
     run = launch(steps=2, model="mobilenet_v3_small", dropout=0.0, config=SMALL, runs_dir=runs)
     assert run.command in capsys.readouterr().out
-    (run.directory / "steps.jsonl").unlink()
-    subprocess.run(run.command, shell=True, check=True, timeout=HANGS, capture_output=True)
-    assert Run.load(run.directory).losses == run.losses
+    before = {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")}
+    said = subprocess.run(run.command, shell=True, check=True, timeout=HANGS, capture_output=True, text=True).stdout
+    assert f"step:   2 /   2 loss: {run.losses[-1]:.6f}" in said, "it is seen where it was typed"
+    again = Run.load(run.directory.with_name(f"{run.directory.name}-again"))
+    assert again.losses == run.losses and again.status == "finished"
+    assert {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")} == before
 
 
 def test_a_free_port_is_none_that_another_connection_gets():
@@ -250,6 +253,37 @@ def test_a_run_directory_that_cannot_be_written_is_a_clear_error(runs):
         train(runs.parent, "--run-dir", "file/here")
     said = [line for line in str(caught.value).splitlines() if line.startswith("pipetutor:")]
     assert said == ["pipetutor: cannot write --run-dir file/here: Not a directory; give another directory"]
+
+
+def test_a_run_directory_that_holds_another_run_is_refused_and_left_as_it_is(runs):
+    quick = ["-s", 1, "--model", "mobilenet_v3_small"]
+    run = train(runs / "a", *quick, stages=2)
+    assert run.details["done"] == 1, "the last step that it completed"
+    before = {path.name: path.read_bytes() for path in run.directory.glob("*.json*")}
+    with pytest.raises(RankFailed, match="exit codes ") as caught:
+        train(runs / "a", *quick, stages=2)
+    (line,) = (line for line in str(caught.value).splitlines() if line.startswith("pipetutor:"))
+    assert line == (
+        f"pipetutor: --run-dir {runs / 'a'} holds a run already (status finished, 1 step): give another --run-dir"
+    )
+    assert {path.name: path.read_bytes() for path in run.directory.glob("*.json*")} == before
+    train(runs / "b", *quick, "--save-every", 1)
+    with pytest.raises(RankFailed, match=r"step-000001\): give another --run-dir, or go on with it: --resume"):
+        train(runs / "b", *quick, "--save-every", 1)
+    with pytest.raises(RankFailed, match=r"holds a run already \(status finished, 1 step\): give another"):
+        train(runs / "a", "-s", 2, "--model", "mobilenet_v3_small", "--resume", runs / "b")
+
+
+def test_a_run_directory_whose_run_came_to_nothing_can_be_given_again(runs):
+    quick = ["-s", 1, "--model", "mobilenet_v3_small"]
+    altered = runs / "data" / "synthetic-batches-py"
+    altered.mkdir(parents=True)
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        (altered / name).write_text("altered")
+    with pytest.raises(RankFailed, match="is damaged or altered"):
+        train(runs, *quick, "--data-dir", altered.parent)
+    assert records.read(runs)["status"] == "failed" and (runs / "failure_rank0.json").exists()
+    assert train(runs, *quick).status == "finished" and not (runs / "failure_rank0.json").exists()
 
 
 @pytest.mark.parametrize("stages, train_batch", [(2, 256), (0, 32)])

@@ -48,6 +48,26 @@ def test_stages(run):
     assert len(axes.patches) == 22 + 2 and axes.get_xticklabels()[16].get_text() == "Linear 16"
 
 
+def test_stages_of_which_a_rank_holds_several(run):
+    """All of them, in their ranks' colours, and none is written over the highest bar."""
+    figure = plots.stages(replace(run, parts=[0, 8, 16, 19, 22]))
+    axes = figure.axes[0]
+    words = [text.get_text().splitlines() for text in axes.texts]
+    assert words == [
+        ["stage 0", "rank 0", "1.0 M"],
+        ["stage 1", "rank 1", "1.5 M"],
+        ["stage 2", "rank 0", "37.8 M"],
+        ["stage 3", "rank 1", "16.8 M"],
+    ]
+    colours = [text.get_color() for text in axes.texts]
+    assert colours[0] == colours[2] != colours[1] == colours[3]
+    assert len(axes.patches) == 22 + 4
+    assert "stage 3 on rank 1 holds layers 19 to 21, 16.8 million" in figure.description
+    figure._repr_png_()  # draws it: only then a text has a place
+    lowest = min(text.get_window_extent().y0 for text in axes.texts)
+    assert lowest > max(patch.get_window_extent().y1 for patch in axes.patches if patch.get_height() > 1.1)
+
+
 def test_passes_cross_out_what_fills_no_micro_batch():
     figure = plots.passes([[[3, 1, 4], [0, 2, 5]], [[5, 0, 1], [4, 3, 2]]], micro_batch=2)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["pass 0", "pass 1"]

@@ -278,6 +278,13 @@ WRONG = [
     (read, {"train_batchsize": 8}, ["train_batchsize", "did you mean 'train_batch_size'"]),
     (read, {5: 8}, ["no config key 5"]),
     (read, {"amp": {"enabled": True}}, ["no config key 'amp'"]),
+    (read, {"gradient_clipping": "auto"}, ["gradient_clipping is 'auto'", "a number of at least 0"]),
+    (read, {"bf16": {"enabled": "auto"}}, ["bf16 enabled is 'auto'", "True or False"]),
+    (
+        read,
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+        ["AdamW lr is 'auto'", "a number of at least 0"],
+    ),
     (read, {"zero_optimization": {"stagee": 1}}, ["zero_optimization has no key 'stagee'", "'stage'"]),
     (read, {"bf16": {"enable": True}}, ["bf16 has no key 'enable'", "'enabled'"]),
     (read, {"bf16": {"enabled": True}, "bfloat16": {"enabled": True}}, ["bfloat16", "another name of bf16"]),

@@ -82,7 +82,7 @@ def test_a_notebook_says_how_long_it_takes(path, notebook):
     fast, slow = lesson.minutes
     assert 1 <= fast < slow
     assert re.findall(r"It takes .*?minutes", prose(notebook)) == [f"It takes {fast} to {slow} minutes"]
-    assert isinstance(lesson.smoke, dict) and not course.unknown(path, lesson.smoke)
+    assert isinstance(lesson.smoke, dict) and not course.unfit(path, lesson.smoke)
 
 
 def test_exercises_have_answers_checks_and_wrong_attempts(path, notebook):

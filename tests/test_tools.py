@@ -134,9 +134,53 @@ def test_nothing_starts_with_a_parameter_or_a_notebook_that_is_not_there(tmp_pat
     for words, said in (
         (("-p", "stepps", "4"), "00_first has no parameter stepps; it has: steps (3), rate (1e-4)"),
         (("01_second",), "no notebook 01_second; there are: 00_first"),
+        (("-p", "steps", "four"), "00_first: steps is 'four', but must be a whole number: 3, say"),
     ):
         refused = run(tmp_path / "n", *words)
         assert refused.returncode == 2 and said in refused.stderr and not (tmp_path / "n" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (("steps", "4"), ""),
+        (("steps", "4.5"), "steps is 4.5, but must be a whole number: 3, say"),
+        (("steps", "True"), "steps is True, but must be a whole number: 3, say"),
+        (("steps", "None"), "steps is None, but must be a whole number: 3, say"),
+        (("rate", "1"), ""),
+        (("rate", "NaN"), "rate is 'NaN', but must be a number: 1e-4, say"),
+        (("test", "0"), "test is 0, but must be True or False: True, say"),
+        (("model", "vgg11"), ""),
+        (("model", "7"), "model is 7, but must be a string: 'alexnet', say"),
+        (("counts", "[3]"), ""),
+        (("counts", "3"), "counts is 3, but must be a list, in brackets, of the same type: [1, 2], say"),
+        (("counts", '["3"]'), "counts is ['3'], but must be a list, in brackets, of the same type: [1, 2], say"),
+        (("cores", '"any"'), ""),
+        (("limit", "8"), ""),
+    ],
+)
+def test_a_parameter_of_another_type_is_refused(tmp_path, given, problem):
+    cell = "steps = 3\nrate = 1e-4\ntest = True\nmodel = 'alexnet'\ncounts = [1, 2]\n"
+    write(tmp_path, "00_first", parameters=f"{cell}cores = os.cpu_count()\nlimit = None")
+    name, text = given
+    said = course.unfit(tmp_path / "00_first.ipynb", {name: run_notebooks.value(text)})
+    assert said == (f"00_first: {problem}" if problem else "")
+
+
+def test_the_copy_of_a_pass_stays_until_the_next_one(tmp_path):
+    out = tmp_path / "n" / "out"
+    write(tmp_path / "n", "00_first", "assert steps < 5", "print('passed with', steps)")
+
+    def kept():
+        return sorted(path.name for path in out.iterdir())
+
+    assert run(tmp_path / "n", "-p", "steps", 3).returncode == 0 and kept() == ["00_first.ipynb"]
+    assert run(tmp_path / "n", "-p", "steps", 9).returncode == 1
+    assert kept() == ["00_first.failed.ipynb", "00_first.ipynb"]
+    (executed,) = (cell for cell in nbformat.read(out / "00_first.ipynb", as_version=4).cells if cell.id == "c2")
+    assert executed.outputs[0].text == "passed with 3\n"
+    assert run(tmp_path / "n", "-p", "steps", 4).returncode == 0 and kept() == ["00_first.ipynb"]
+    assert "steps = 4" in source_of(out / "00_first.ipynb")
 
 
 ORPHAN = """

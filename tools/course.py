@@ -11,6 +11,7 @@ right answers in other forms than the given one (``pipetutor.right``), and wrong
 each must get (``pipetutor.wrong``).
 """
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,14 +89,42 @@ def lessons(directory: Path = NOTEBOOKS) -> list[Lesson]:
     return [lesson(path) for path in sorted(directory.glob("*.ipynb"))]
 
 
-def unknown(path: Path, parameters: Mapping[str, Any]) -> str:
-    """Say which parameters a notebook does not have, and which it has; nothing if it has them all."""
+def unfit(path: Path, parameters: Mapping[str, Any]) -> str:
+    """Say which parameters a notebook does not have, or has of another type; nothing if all of them fit."""
     there = inspect_notebook(str(path))
-    missing = [name for name in parameters if name not in there]
-    if not missing:
-        return ""
-    words = ", ".join(f"{name} ({about['default']})" for name, about in there.items())
-    return f"{path.stem} has no parameter {' or '.join(missing)}; it has: {words or 'none'}"
+    if missing := [name for name in parameters if name not in there]:
+        words = ", ".join(f"{name} ({about['default']})" for name, about in there.items())
+        return f"{path.stem} has no parameter {' or '.join(missing)}; it has: {words or 'none'}"
+    for name, value in parameters.items():
+        text = there[name]["default"]
+        try:
+            default = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # computed: any type may be right
+            continue
+        if not _alike(value, default):
+            kind = TYPES.get(type(default), f"a {type(default).__name__}")
+            return f"{path.stem}: {name} is {value!r}, but must be {kind}: {text}, say"
+    return ""
+
+
+TYPES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list, in brackets, of the same type",
+}
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Say whether a value is of its default's type; an item of a list may be of that of any item of the default."""
+    if default is None:
+        return True
+    if isinstance(default, list):
+        return isinstance(value, list) and all(any(_alike(item, one) for one in default) for item in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)
 
 
 def exercises(notebook: NotebookNode) -> tuple[list[Exercise], list[str]]:

@@ -6,7 +6,7 @@ r"""Execute the notebooks through papermill, one after the other, and say what b
 
 What papermill alone does not do, and this does:
 
-- A parameter that a notebook does not have is an error, before anything starts.
+- A parameter that a notebook does not have, or has of another type, is an error, before anything starts.
 - A failure does not keep the others from running. The status is 1 if any failed.
 - A notebook that gets on is never cut off, however slow the machine; one whose cell says nothing for too long, no
   output and no change of its progress bar, is ended. Whatever it has started ends with it: this process adopts all
@@ -15,7 +15,8 @@ What papermill alone does not do, and this does:
   other right one, and refuse the unanswered cell and every wrong attempt, in the same kernel.
 
 The executed copy is ``build/notebooks/NAME.ipynb``. It is written under a hidden name and moved when the notebook has
-passed; that of a notebook that failed is called ``NAME.failed.ipynb``. With ``--smoke`` they are in ``build/smoke``.
+passed: the copy of an earlier pass stays until then. That of a notebook that failed is ``NAME.failed.ipynb`` until it
+passes. With ``--smoke`` they are in ``build/smoke``.
 """
 
 import argparse
@@ -276,7 +277,7 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
     output: Path = options.output
     target, hidden = output / f"{lesson.name}.ipynb", output / f".{lesson.name}.ipynb"
     failed, source = output / f"{lesson.name}.failed.ipynb", output / f".{lesson.name}.source.ipynb"
-    for old in (target, hidden, failed, source):
+    for old in (hidden, source):  # of a run that was killed
         old.unlink(missing_ok=True)
     notebook = nbformat.read(lesson.path, as_version=4)
     if options.smoke:
@@ -323,6 +324,8 @@ def run(lesson: course.Lesson, parameters: dict[str, Any], options: argparse.Nam
                 verdict = f"left {len(left)} processes running: {left[0]} ..."
             if hidden.exists():
                 hidden.rename(target if verdict == "ok" else failed)
+            if verdict == "ok":
+                failed.unlink(missing_ok=True)
     line.close("ok" if verdict == "ok" else "failed")
     return verdict
 
@@ -356,6 +359,7 @@ class Unstoppable:
 def value(text: str) -> Any:
     """Read a parameter from the command line: JSON where it is JSON, True, False and None, else a string."""
     words = {"True": True, "False": False, "None": None}
+    words |= {name: name for name in ("NaN", "Infinity", "-Infinity")}  # which Python's JSON has, and JSON has not
     if text in words:
         return words[text]
     try:
@@ -404,7 +408,7 @@ def plan(options: argparse.Namespace) -> list[tuple[course.Lesson, dict[str, Any
     """Choose the notebooks and their parameters.
 
     Raises:
-        ValueError: a notebook or a parameter is not there.
+        ValueError: a notebook or a parameter is not there, or a parameter is of another type.
     """
     known = {lesson.name: lesson for lesson in course.lessons(options.notebooks)}
     names = [Path(name).name.removesuffix(".ipynb") for name in options.names] or list(known)
@@ -414,7 +418,7 @@ def plan(options: argparse.Namespace) -> list[tuple[course.Lesson, dict[str, Any
     chosen = []
     for lesson in (known[name] for name in names):
         parameters = ((lesson.smoke or {}) if options.smoke else {}) | given
-        if problem := course.unknown(lesson.path, parameters):
+        if problem := course.unfit(lesson.path, parameters):
             raise ValueError(problem)
         if not options.stale or stale(lesson, options.output):
             chosen.append((lesson, parameters))
