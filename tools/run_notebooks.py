@@ -21,7 +21,6 @@ passes. With ``--smoke`` they are in ``build/smoke``.
 
 import argparse
 import copy
-import ctypes
 import inspect
 import json
 import math
@@ -32,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -50,9 +49,8 @@ from papermill.exceptions import PapermillExecutionError
 
 import course
 from pipetutor import disk
-from pipetutor.supervise import PR_SET_CHILD_SUBREAPER, descendants, kill_descendants, reap
+from pipetutor.supervise import adopt_orphans, descendants, end_with, kill_descendants, reap
 
-PR_SET_PDEATHSIG = 1
 JUPYTER = course.ROOT / "tools" / "jupyter"  # its kernel python3 is this Python, whatever the user's is
 KERNEL_SECONDS = 600  # for a kernel to start, and for its last output to come once it says that a cell has ended
 GRACE_SECONDS = 15.0  # for what a notebook has started to end of itself, once its kernel is gone
@@ -172,7 +170,7 @@ papermill_engines.register("heard", _Engine)
 def _execute(source: str, target: str, directory: str, parameters: dict, heard: Any, pipe: Connection) -> None:
     """Execute a notebook in a process of its own, which tells through the pipe what it does."""
     os.setsid()  # Ctrl-C in the terminal is for the parent alone
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with(parent_process().pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(JUPYTER), os.environ.get("JUPYTER_PATH")]))
@@ -442,7 +440,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(disk.cannot(f"write to {options.output}", error, "give another directory (--output)"), file=sys.stderr)
         return 2
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     for number in Unstoppable.SIGNALS:
         signal.signal(number, _stop)
     rows: list[tuple[str, float | None, str]] = []
