@@ -145,7 +145,7 @@ def launch(
         partition=partition,
         config=whole_config,
         backend=backend,
-        gpus=machine.gpu_count(),
+        gpus=machine.gpus(ranks),
         dropout=dropout,
         seed=seed,
         eval_every=eval_every,

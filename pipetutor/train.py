@@ -32,7 +32,7 @@ from pipetutor.kinds import check, whole
 from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
-from pipetutor.machine import cpu_cores, gpu_count, versions
+from pipetutor.machine import cpu_cores, gpus, versions
 from pipetutor.partition import METHODS, PROFILE
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
 from pipetutor.schedules import SCHEDULES
@@ -114,7 +114,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         partition=args.partition,
         config=read_config(args.deepspeed_config, args.dtype),
         backend=args.backend,
-        gpus=gpu_count(),
+        gpus=gpus(_local_ranks()),
         dropout=args.dropout,
         seed=args.seed,
         eval_every=args.eval_every,
@@ -278,7 +278,7 @@ def main() -> None:
         args = get_args()
         args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
         stages = args.pipeline_parallel_size
-        if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
+        if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and not gpus(1).count:
             _relaunch(args)
         plan = make_plan(args)
         for flag in ("save_every", "trace"):
