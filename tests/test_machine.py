@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import types
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from conftest import HANGS, SMALL
@@ -14,6 +17,7 @@ from pipetutor.config import read_config
 from pipetutor.machine import Gpus, gpus
 from pipetutor.preflight import preflight
 
+launcher = import_module("pipetutor.launch")  # whose name in the package is the function
 UUIDS = ("GPU-8d1e6f0a-1111", "GPU-8d2c3b4d-2222", "GPU-f00dcafe-3333", "GPU-f11dcafe-4444")
 MIG = ("MIG-0a1b2c3d-5555", "MIG-0a1b2c3d-6666")
 
@@ -233,6 +237,31 @@ def test_deepspeeds_command_uses_the_devices_that_the_user_allows(visible, tmp_p
     }
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=True)
     assert done.stdout.count(f"sees {visible or 'none'}\n") == 2, done.stdout
+
+
+@pytest.mark.parametrize(
+    "visible, printed",
+    [
+        (None, "deepspeed --num_gpus 2 "),
+        ("3,1", "deepspeed --include localhost:3,1 "),
+        ("2, 0,1", "deepspeed --include localhost:2,0 "),
+        ("GPU-f00,GPU-8d1", "env CUDA_VISIBLE_DEVICES=GPU-f00,GPU-8d1 deepspeed --num_gpus 2 "),
+        ("GPU-f00", "deepspeed --num_gpus 2 "),
+        ("0,9", "deepspeed --num_gpus 2 "),
+    ],
+)
+def test_the_printed_command_names_the_devices_and_stays_on_this_host(
+    visible, printed, driver_is, monkeypatch, tmp_path
+):
+    """Where there are too few, it runs on the CPU, and DeepSpeed would refuse numbers of GPUs."""
+    monkeypatch.delenv("DS_ACCELERATOR")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert shlex.join(launcher._deepspeed(2, tmp_path)).replace("'", "").startswith(f"{printed}--master_port")
+    (tmp_path / "hostfile").write_text("another slots=2\n")
+    monkeypatch.setattr(launcher, "HOSTS", tmp_path / "hostfile")
+    assert "--hostfile /dev/null" in shlex.join(launcher._deepspeed(2, tmp_path))
 
 
 def test_a_kernel_below_another_job_is_no_rank():
