@@ -26,6 +26,7 @@ from pipetutor.batch import Batch
 from pipetutor.preflight import Plan
 
 PATIENCE_SECONDS = 60.0  # for the other ranks to come once one has refused: they may still be loading torch
+TAKEN = b"+"  # what the first rank says at once to a rank of its job, and nothing else at its port does
 QUIET_SECONDS = 15.0  # of waiting for other hosts, before a rank says so
 
 
@@ -182,6 +183,7 @@ def _hear(mine: Word, plan: Plan | None, timeout: timedelta) -> tuple[dict[str, 
                 continue
             word = _read_word(connection)
             if word and _belongs(word, words, absent):
+                connection.sendall(TAKEN)
                 words.append(word)
                 waiting.append(connection)
                 if word.refusal:
@@ -249,30 +251,38 @@ def _ask(mine: Word, timeout: timedelta) -> dict[str, Any]:
     name, port, advice = _meeting_place()
     patience = PATIENCE_SECONDS if mine.refusal else timeout.total_seconds()
     quiet = QUIET_SECONDS if _several_hosts() and os.environ["LOCAL_RANK"] == "0" else float("inf")
-    began = time.monotonic()
+    began, problem = time.monotonic(), ""
     while (waited := time.monotonic() - began) < patience:
         try:
-            connection = socket.create_connection((name, port), timeout=5)
-            if connection.getsockname() == connection.getpeername():  # Linux connects a port with itself
-                connection.close()
-                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+            with socket.create_connection((name, port), timeout=5) as connection:
+                if _takes(connection, mine):
+                    connection.settimeout(patience)
+                    return _read_answer(connection)
+            problem = "something else answers there"
+            patience = max(waited, min(patience, PATIENCE_SECONDS))
         except OSError as error:
-            if waited > quiet:
-                quiet = float("inf")
-                _say(f"{mine.host} waits for the first rank at {name}:{port} ({error.strerror or error}){advice}")
-            time.sleep(0.05 if waited < QUIET_SECONDS else 0.5)
-            continue
-        with connection:
-            connection.settimeout(patience)
-            with contextlib.suppress(OSError, ValueError):
-                connection.sendall(json.dumps(asdict(mine)).encode())
-                connection.shutdown(socket.SHUT_WR)
-                return json.loads(_read(connection))
-        raise Refused(
-            f"what listens at {name}:{port} is not the first rank of this run, or has ended: see what it says on its "
-            "host, or take another port (deepspeed --master_port N)"
-        )
-    raise Refused(f"the first rank did not answer at {name}:{port} in {patience:.0f} s{advice}")
+            problem = error.strerror or str(error)
+        if waited > quiet:
+            quiet = float("inf")
+            _say(f"{mine.host} waits for the first rank at {name}:{port} ({problem}){advice}")
+        time.sleep(0.05 if waited < 5 else 0.5)
+    raise Refused(f"the first rank was not at {name}:{port} within {patience:.0f} s ({problem}){advice}")
+
+
+def _takes(connection: socket.socket, word: Word) -> bool:
+    """Send a word, and say whether a first rank of this job has taken it."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(asdict(word)).encode())
+        connection.shutdown(socket.SHUT_WR)
+        return connection.recv(len(TAKEN)) == TAKEN  # a port above 32767 can connect with itself, and reads the word
+    return False
+
+
+def _read_answer(connection: socket.socket) -> dict[str, Any]:
+    try:
+        return json.loads(_read(connection))
+    except (OSError, ValueError):
+        raise Refused("the first rank has ended: see what it says") from None
 
 
 def _listed(ranks: Sequence[int]) -> str:

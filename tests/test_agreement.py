@@ -1,12 +1,16 @@
 """Ranks that agree before they meet: on one plan, or on why there is none; ranks on hosts of their own are played."""
 
+import contextlib
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import SMALL_SGD, RankFailed, train
+
+from pipetutor import agreement
 
 SMALL = ["-s", 1, "--model", "mobilenet_v3_small"]
 
@@ -123,3 +127,30 @@ def test_what_one_host_refuses_ends_all_and_is_told_on_each(patch, first, second
     for rank, wanted in enumerate((first, second)):
         lines = said(refusal, runs, rank)
         assert len(lines) == len(wanted) and all(map(str.startswith, lines, wanted)), lines
+
+
+def where_another_listens():
+    os.environ["MASTER_PORT"] = Path("port").read_text()
+    agreement.PATIENCE_SECONDS = 1.0
+
+
+@pytest.mark.parametrize("listener", ["socket", "run"])
+def test_a_taken_port_is_told_in_a_line(listener, runs):
+    """Of a program that says nothing, and of another run, whose ranks have met in torch's store."""
+    runs.mkdir()
+    with contextlib.ExitStack() as stack:
+        if listener == "socket":
+            port = stack.enter_context(socket.create_server(("", 0))).getsockname()[1]
+        else:
+            code = (
+                "import sys; from torch.distributed import TCPStore; store = TCPStore('127.0.0.1', 0, is_master=True)"
+            )
+            command = [sys.executable, "-c", f"{code}; print(store.port, flush=True); sys.stdin.read()"]
+            other = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            port = int(other.stdout.readline())
+            stack.callback(other.stdin.close)
+        (runs / "port").write_text(str(port))
+        with pytest.raises(RankFailed, match=r"exit codes \[2, 0\]") as refusal:
+            train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=where_another_listens)
+    line = f"port {port} is taken, maybe by another run: take another one (deepspeed --master_port {port + 1})"
+    assert said(refusal, runs, 0) == [line] and not said(refusal, runs, 1)
