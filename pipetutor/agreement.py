@@ -124,9 +124,9 @@ def _lonely() -> str:
         return ""
     interfaces = ", ".join(name for _, name in socket.if_nameindex() if name != "lo")
     return (
-        f"the other hosts would look for it at {address}, as {host} is called on {host}, and that is each of them "
-        "itself: on every host, set GLOO_SOCKET_IFNAME to the network interface by which the others reach it "
-        f"(this one has {interfaces or 'none'})"
+        f"ranks on other hosts would look for it at {address}, which is what {host} means on {host}, and find "
+        "themselves: on every host, set GLOO_SOCKET_IFNAME to the network interface by which the others reach it "
+        f"(here {interfaces or 'none'})"
     )
 
 

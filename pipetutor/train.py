@@ -131,6 +131,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         chunks=args.chunks,
         recompute=args.recompute,
     )
+    # The files of a host are those of all its ranks: its first rank looks.
+    if args.weights and os.environ.get("LOCAL_RANK", "0") == "0":
+        _model(args)
     return plan
 
 
@@ -300,16 +303,12 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, str]:
     if args.run_dir:
         try:
             args.run_dir.mkdir(parents=True, exist_ok=True)
-            Heartbeat(
-                args.run_dir, int(os.environ["RANK"])
-            )  # a rank that hangs while it joins the others has said so
+            Heartbeat(args.run_dir, int(os.environ["RANK"]))  # who hangs while it joins the others has said so
         except OSError as error:
             words = disk.cannot(f"write --run-dir {args.run_dir}", error, "give another directory")
             raise ValueError(words) from None
-    if args.local_rank == 0:  # the files of a host are those of all its ranks
+    if args.local_rank == 0:
         fetch.prepare(args.dataset, args.data_dir)
-        if args.weights:
-            _model(args)
     if stages and args.partition == PROFILE and os.environ["RANK"] == "0":
         return profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)
     return plan, ""

@@ -1,14 +1,17 @@
 """Ranks that agree before they meet: on one plan, or on why there is none; ranks on hosts of their own are played."""
 
 import contextlib
+import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_SGD, RankFailed, train
+from conftest import HANGS, SMALL_SGD, RankFailed, train
 
 from pipetutor import agreement
 
@@ -117,7 +120,7 @@ def a_machine_of_its_own():
         ),
         (
             a_machine_of_its_own,
-            *[["rank 0 on localhost, rank 1 on localhost: the other hosts would look for it at 127.0.0.1"]] * 2,
+            *[["rank 0 on localhost, rank 1 on localhost: ranks on other hosts would look for it at 127.0.0.1"]] * 2,
         ),
     ],
 )
@@ -154,3 +157,58 @@ def test_a_taken_port_is_told_in_a_line(listener, runs):
             train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=where_another_listens)
     line = f"port {port} is taken, maybe by another run: take another one (deepspeed --master_port {port + 1})"
     assert said(refusal, runs, 0) == [line] and not said(refusal, runs, 1)
+
+
+HOST = """
+    hostname {name}
+    printf '127.0.0.1 localhost\\n127.0.1.1 {name}\\n{other}\\n' > hosts{rank}
+    mount --bind hosts{rank} /etc/hosts
+    ip address add 10.77.0.{number}/24 dev veth{rank}
+    ip link set lo up
+    ip link set veth{rank} up
+    export RANK={rank} CROSS_RANK={rank} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_SIZE=1 MASTER_ADDR=first MASTER_PORT=29500
+    export {interface}
+    {python} -m pipetutor.train -p 2 {arguments} > rank{rank}.txt 2>&1
+    echo $? > status{rank}
+"""
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_two_machines_whose_names_mean_127_0_1_1(told, runs):
+    """As Debian has it in /etc/hosts: two networks, joined by a cable, and two commands."""
+    cable = "unshare -Urnmu ip link add a type veth peer name b"
+    allowed = subprocess.run(["sh", "-c", cable], capture_output=True, text=True)
+    if allowed.returncode:
+        pytest.skip(f"this machine allows no networks of a test's own: {allowed.stderr.strip()}")
+    runs.mkdir()
+    (runs / "small.json").write_text(json.dumps(SMALL_SGD))
+    arguments = f"{' '.join(map(str, SMALL))} --deepspeed_config small.json"
+    hosts = [("first", "10.77.0.2 second"), ("second", "10.77.0.1 first")]
+    for rank, (name, other) in enumerate(hosts):
+        interface = f"GLOO_SOCKET_IFNAME=veth{rank}" if told else "NOTHING="
+        python = shlex.quote(sys.executable)
+        fields = dict(rank=rank, number=rank + 1, interface=interface, python=python, arguments=arguments)
+        (runs / f"host{rank}.sh").write_text(textwrap.dedent(HOST).format(name=name, other=other, **fields))
+    join = """
+        mkfifo ready go
+        unshare -nmu sh -c 'echo > ready; read _ < go; . ./host1.sh' &
+        read _ < ready
+        ip link add veth0 type veth peer name veth1 netns $!
+        echo > go
+        . ./host0.sh
+        wait
+    """
+    path = os.pathsep.join([str(Path(agreement.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    subprocess.run(["unshare", "-Urnmu", "sh", "-c", textwrap.dedent(join)], cwd=runs, env=env, timeout=HANGS)
+    texts = [(runs / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert [(runs / f"status{rank}").read_text() for rank in (0, 1)] == ["0\n" if told else "2\n"] * 2, texts
+    if told:
+        assert "step:   1 /   1" in texts[0]
+        return
+    for text in texts:
+        for rank, name in enumerate(("first", "second")):
+            assert f"rank {rank} on {name}: ranks on other hosts would look for it at 127.0.1.1" in text
+            assert (
+                f"GLOO_SOCKET_IFNAME to the network interface by which the others reach it (here veth{rank})" in text
+            )
