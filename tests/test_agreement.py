@@ -176,7 +176,7 @@ HOST = """
 @pytest.mark.parametrize("told", [False, True])
 def test_two_machines_whose_names_mean_127_0_1_1(told, runs):
     """As Debian has it in /etc/hosts: two networks, joined by a cable, and two commands."""
-    cable = "unshare -Urnmu ip link add a type veth peer name b"
+    cable = "unshare -Urnmu ip link add veth0 type veth peer name veth1"
     allowed = subprocess.run(["sh", "-c", cable], capture_output=True, text=True)
     if allowed.returncode:
         pytest.skip(f"this machine allows no networks of a test's own: {allowed.stderr.strip()}")
