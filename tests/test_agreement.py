@@ -1,6 +1,7 @@
 """Ranks that agree before they meet: on one plan, or on why there is none; ranks on hosts of their own are played."""
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,37 @@ def test_a_taken_port_is_told_in_a_line(listener, runs):
             train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=where_another_listens)
     line = f"port {port} is taken, maybe by another run: take another one (deepspeed --master_port {port + 1})"
     assert said(refusal, runs, 0) == [line] and not said(refusal, runs, 1)
+
+
+def late(rank: int) -> None:
+    """Let this rank come when the other one has said that it waits."""
+    hosts_of_their_own()
+    agreement.QUIET_SECONDS = 0.0
+    while os.environ["RANK"] == str(rank) and " waits for " not in Path(f"rank{1 - rank}.txt").read_text():
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("rank, words", [(0, "the first rank at 127.0.0.1:"), (1, "rank 1: start the command on")])
+def test_a_rank_that_waits_for_another_host_says_so(rank, words, runs):
+    """And what to look for: the address is one that other hosts have for themselves."""
+    run = train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=functools.partial(late, rank))
+    assert len(run.losses) == 1
+    line = next(line for line in (runs / f"rank{1 - rank}.txt").read_text().splitlines() if " waits for " in line)
+    assert line.startswith(f"pipetutor: localhost waits for {words}")
+    assert line.endswith(
+        "127.0.0.1 is each host itself: give --master_addr the address by which others reach the first host"
+    )
+
+
+def without_a_launcher():
+    del os.environ["LOCAL_SIZE"]  # as below torchrun, or in a notebook there
+
+
+def test_a_rank_that_no_launcher_started_says_what_to_start(runs):
+    with pytest.raises(RankFailed, match=r"exit codes \[2, 2\]") as refusal:
+        train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=without_a_launcher)
+    (line,) = said(refusal, runs, 1)
+    assert line.startswith("no launcher has started this rank (LOCAL_SIZE is not set): use deepspeed --num_gpus 2 ")
 
 
 HOST = """

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -622,6 +623,33 @@ def test_too_few_gpus_choose_the_cpu_and_say_so():
     plan = preflight(**(GOOD | {"gpus": Gpus(1)}))
     assert plan.backend == "gloo" and "1 GPU" in plan.notice and "2 ranks" in plan.notice
     assert preflight(**(GOOD | {"gpus": Gpus(2)})).backend == "nccl"
+
+
+@pytest.mark.parametrize(
+    "backend, given, fits",
+    [
+        ("gloo", "lo", True),
+        ("gloo", "", True),
+        ("gloo", "lo,eth77", False),
+        ("nccl", "eth77,lo", True),
+        ("nccl", "l", True),
+        ("nccl", "=l", False),
+        ("nccl", "=lo", True),
+        ("nccl", "^eth77", True),
+        ("nccl", "eth77", False),
+    ],
+)
+def test_a_network_interface_that_is_not_there_is_named(backend, given, fits, monkeypatch):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setenv(f"{backend.upper()}_SOCKET_IFNAME", given)
+    change = {"backend": backend, "gpus": Gpus(2)}
+    if fits:
+        assert planned(change).backend == backend
+        return
+    with pytest.raises(
+        ValueError, match=f"{given}, but this host has no such network interface: use one of lo, eth0"
+    ):
+        planned(change)
 
 
 HEAVY = ("torch", "deepspeed", "torchvision", "numpy", "matplotlib", "IPython", "pydantic")
