@@ -87,10 +87,10 @@ def gpus(ranks: int = 0, env: Mapping[str, str] = os.environ) -> Gpus:
         try:
             present = nvml.nvmlDeviceGetCount()
             visible = _visible(nvml, env.get("CUDA_VISIBLE_DEVICES"))
-            driver = nvml.nvmlSystemGetCudaDriverVersion_v2()  # of libcuda: 12040 is CUDA 12.4
+            driver = _driver(nvml)
         finally:
             nvml.nvmlShutdown()
-    except Exception:  # no NVML binding, no driver, no libcuda, no device: each of them means no GPU
+    except Exception:  # no NVML binding, no driver, no device: each of them means no GPU
         return Gpus(0)
     if not present:
         return Gpus(0)
@@ -98,6 +98,8 @@ def gpus(ranks: int = 0, env: Mapping[str, str] = os.environ) -> Gpus:
     if not torch["cuda"]:
         device = "ROCm" if torch["hip"] else "the CPU"
         return Gpus(0, f"torch {torch['__version__']} is built for {device}, not for CUDA")
+    if not driver:
+        return Gpus(0, "the driver's library, libcuda.so.1, is missing")
     if driver // 1000 < int(torch["cuda"].split(".")[0]):  # a later CUDA of the same number works with it
         known = f"{driver // 1000}.{driver % 1000 // 10}"
         return Gpus(0, f"torch is built for CUDA {torch['cuda']}, and the driver is one for CUDA {known}: too old")
@@ -109,6 +111,14 @@ def gpus(ranks: int = 0, env: Mapping[str, str] = os.environ) -> Gpus:
         why = f"CUDA_VISIBLE_DEVICES={names}" if names is not None else "CUDA uses one MIG device at a time"
         return Gpus(visible, f"{why} leaves {visible} of {present}")
     return Gpus(visible)
+
+
+def _driver(nvml: Any) -> int:
+    """Return the CUDA version of the driver's library, 12040 for 12.4; 0 without it, as in some containers."""
+    try:
+        return nvml.nvmlSystemGetCudaDriverVersion_v2()
+    except nvml.NVMLError:
+        return 0
 
 
 def _torch_build() -> dict[str, Any]:

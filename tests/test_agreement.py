@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,8 @@ def late(rank: int) -> None:
     """Let this rank come when the other one has said that it waits."""
     hosts_of_their_own()
     agreement.QUIET_SECONDS = 0.0
-    while os.environ["RANK"] == str(rank) and " waits for " not in Path(f"rank{1 - rank}.txt").read_text():
+    other = Path(f"rank{1 - rank}.txt")
+    while os.environ["RANK"] == str(rank) and not (other.exists() and " waits for " in other.read_text()):
         time.sleep(0.05)
 
 
@@ -179,6 +181,34 @@ def test_a_rank_that_waits_for_another_host_says_so(rank, words, runs):
     assert line.endswith(
         "127.0.0.1 is each host itself: give --master_addr the address by which others reach the first host"
     )
+
+
+def second_alone_has_no_checkpoint():
+    if os.environ["RANK"] == "1":
+        sys.argv += ["--resume", "nowhere"]
+
+
+def test_on_one_host_the_first_rank_speaks_for_all(runs):
+    with pytest.raises(RankFailed, match=r"exit codes \[2, 0\]") as refusal:
+        train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=second_alone_has_no_checkpoint)
+    (line,) = said(refusal, runs, 0)
+    assert line.startswith(f"rank 1 on {socket.gethostname()}: nowhere holds no checkpoint")
+    assert not said(refusal, runs, 1)
+
+
+def second_is_of_another_run():
+    from pipetutor import train as module
+
+    agreement.PATIENCE_SECONDS = 1.0
+    module.default_pg_timeout = timedelta(seconds=3)
+    if os.environ["RANK"] == "1":
+        os.getppid = lambda: 0
+
+
+def test_a_rank_of_another_run_with_the_same_port_is_not_taken(runs):
+    with pytest.raises(RankFailed, match=r"exit codes \[2, 0\]") as refusal:
+        train(runs, *SMALL, stages=2, config=SMALL_SGD, patch=second_is_of_another_run)
+    assert said(refusal, runs, 0) == ["rank 1: did not come in time"]
 
 
 def without_a_launcher():

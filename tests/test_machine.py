@@ -41,6 +41,8 @@ class Driver(types.ModuleType):
         self.open -= 1
 
     def nvmlSystemGetCudaDriverVersion_v2(self):
+        if not self._cuda:
+            raise self.NVMLError("library not found")
         return self._cuda
 
     def nvmlDeviceGetCount(self):
@@ -142,6 +144,7 @@ def test_gpus_that_are_divided_count_as_one(driver_is):
             "torch 2.15.0+rocm7 is built for ROCm, not for CUDA",
         ),
         ({}, 12040, "torch is built for CUDA 13.2, and the driver is one for CUDA 12.4: too old"),
+        ({}, 0, "the driver's library, libcuda.so.1, is missing"),
         ({}, 13000, ""),
         ({}, 14000, ""),
     ],
