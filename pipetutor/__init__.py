@@ -11,7 +11,8 @@ import sys
 
 from pipetutor.machine import prepare_rank
 
-if "LOCAL_RANK" in os.environ:  # a rank: DeepSpeed's launcher started this process
+# A rank: DeepSpeed's launcher started this process. A notebook that runs below torchrun has a LOCAL_RANK alone.
+if "LOCAL_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
     prepare_rank(os.environ, sys.argv)
 
 from pipetutor.launch import RunFailed, launch

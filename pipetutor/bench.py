@@ -226,7 +226,7 @@ def bench(
     for name, kind in kinds.items():
         check(name, given[name], kind)
     left_out = ""
-    if "bf16" in rivals and machine.gpu_count() < STAGES and not machine.bf16_is_native():
+    if "bf16" in rivals and machine.gpus(STAGES).count < STAGES and not machine.bf16_is_native():
         rivals, left_out = [name for name in rivals if name != "bf16"], SLOW_BF16
         if not rivals:
             raise ValueError(f"{SLOW_BF16}; compare other rivals: pipeline, say")
@@ -241,7 +241,7 @@ def bench(
             partition="parameters",
             config=config,
             backend=None,
-            gpus=machine.gpu_count(),
+            gpus=machine.gpus(STAGES),
             seed=SEED,
         )
     if train_batch // micro_batch < STAGES:
@@ -276,7 +276,7 @@ def bench(
 
 def _cuts(micro_batch: int, numbers: Sequence[int], data_dir: str | Path) -> dict[str, str]:
     """Return the cut of ours for each number of stages: by measured costs, or on GPUs by parameters."""
-    if machine.gpu_count() >= STAGES:
+    if machine.gpus(STAGES).count >= STAGES:
         found = {stages: bounds_for(catalog()["alexnet"], stages, "parameters") for stages in numbers}
     else:
         costs = profile.costs_of("alexnet", micro_batch, STAGES, dropout=0.0, data_dir=data_dir)

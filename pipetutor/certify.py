@@ -18,6 +18,7 @@ from typing import Any
 
 from pipetutor import fetch, machine, records
 from pipetutor.kinds import check, list_of, named, whole
+from pipetutor.preflight import check_network
 from pipetutor.watch import Parser, ending_with_a_status, run_job
 
 MODELS = ("alexnet", "vgg")
@@ -131,6 +132,7 @@ def certify(
     check("replicas", replicas, list_of(whole(1, 4)))
     check("data_dir", data_dir, "path")
     check("runs_dir", runs_dir, "path")
+    check_network("gloo")
     room = max(2, int(machine.memory().free / 2**30 / GIGABYTES_A_RANK))
     topologies = itertools.product(models, micro_batches, replicas, stages)
     cases: list[dict[str, Any]] = [

@@ -83,7 +83,7 @@ def environment(rival: Rival, rank: int, port: int) -> dict[str, str]:
     """
     env = rank_environment(rank, rival.ranks, port)
     env = {name: value for name, value in env.items() if name not in DEFAULTS}
-    if machine.gpu_count() < STAGES:  # the same device for everybody
+    if machine.gpus(STAGES).count < STAGES:  # the same device for everybody
         env["DS_ACCELERATOR"] = "cpu"
     if rival.prepared:
         machine.prepare_rank(env, [])
@@ -109,7 +109,7 @@ def command(name: str, directory: Path, steps: int, cut: str) -> list[str]:
     if stages:
         flags["--partition"] = cut
     flags |= {"--deepspeed_config": directory / "config.json", "--dtype": rival.dtype}
-    if machine.gpu_count() < STAGES:
+    if machine.gpus(STAGES).count < STAGES:
         flags["--backend"] = "gloo"
     words = [str(word) for flag in flags.items() for word in flag]
     return [sys.executable, "-u", "-m", "pipetutor.train", *words]

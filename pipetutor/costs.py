@@ -247,7 +247,7 @@ def measure(
         partition="parameters",
         config=read_config({"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1}),
         backend="gloo",
-        gpus=0,
+        gpus=machine.Gpus(0),
         dropout=dropout,
     )
     needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])

@@ -1,12 +1,12 @@
 """What a cell runs: check, start the ranks, show progress, record, and leave nothing behind."""
 
-import contextlib
 import os
 import random
 import shlex
 import shutil
 import socket
 import sys
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,29 @@ OPTIONS = {
     "data_dir": "path",
     "runs_dir": "path",
 }
+HOSTS = Path("/job/hostfile")
+_kept: deque[socket.socket] = deque(maxlen=16)  # ports of the last runs; nobody has more of them at once
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on this machine.
+    """Return a TCP port that is free on this machine, and that nobody else is given while the run lasts.
 
     Linux gives ports from 32768 on to connections that go out, those of another run among them, which could take one
-    before the ranks do. So this one lies below, and is drawn at random: two runs that start at once get two.
+    before the ranks do. So this one lies below, and is drawn at random. This process keeps it: nobody else who asks
+    can have it, and the ranks, whose socket allows for another at its port, can listen there.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 29_500)  # 29500 is DeepSpeed's own
-        with contextlib.suppress(OSError), socket.socket() as probe:
+        probe = socket.socket()
+        try:
             probe.bind(("", port))
-            return port
+        except OSError:
+            probe.close()
+            continue
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.set_inheritable(True)  # for a process that becomes the launcher; a child gets it only if it is told so
+        _kept.append(probe)
+        return port
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -146,7 +156,7 @@ def launch(
         partition=partition,
         config=whole_config,
         backend=backend,
-        gpus=machine.gpu_count(),
+        gpus=machine.gpus(ranks),
         dropout=dropout,
         seed=seed,
         eval_every=eval_every,
@@ -237,16 +247,21 @@ def _short(path: Path) -> str:
 
 
 def _deepspeed(ranks: int) -> list[str]:
-    """Return DeepSpeed's launcher with its own options, on the GPUs that CUDA_VISIBLE_DEVICES allows."""
+    """Return DeepSpeed's launcher with its own options: this host, on the GPUs that CUDA_VISIBLE_DEVICES allows."""
     found = shutil.which("deepspeed")
     here = Path(sys.executable).with_name("deepspeed")
     if " " in str(here):  # the kernel cannot run a script whose first line names an interpreter with spaces
         start = [sys.executable, "-m", "deepspeed.launcher.runner"]
     else:
         start = ["deepspeed" if found and Path(found).parent == here.parent else str(here)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(visible) >= ranks and all(device.strip().isdigit() for device in visible):
-        resources = ["--include", "localhost:" + ",".join(visible[:ranks])]
-    else:
-        resources = ["--num_gpus", str(ranks)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    resources = ["--num_gpus", str(ranks)]
+    if visible is not None and machine.gpus(ranks).count >= ranks:
+        chosen = [device.strip() for device in visible.split(",")][:ranks]
+        if all(map(str.isdigit, chosen)):
+            resources = ["--include", "localhost:" + ",".join(chosen)]
+        else:  # DeepSpeed knows no UUIDs; the ranks take what stands here
+            start = ["env", f"CUDA_VISIBLE_DEVICES={visible}", *start]
+    if HOSTS.is_file():  # where DeepSpeed looks for other hosts unless it is told not to
+        resources += ["--hostfile", os.devnull]
     return [*start, *resources, "--master_port", str(free_port()), "--module", "pipetutor.train"]

@@ -4,6 +4,8 @@
 the same words. No torch: it answers in milliseconds, unless a run on the CPU asks for numbers of 16 bits.
 """
 
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pipetutor.bubble import idle_share
 from pipetutor.config import OBJECTS, dtype_of, half_precision
 from pipetutor.faults import Fault
 from pipetutor.kinds import KINDS, Kind, check
+from pipetutor.machine import Gpus
 from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
 from pipetutor.schedules import SCHEDULES
 
@@ -106,7 +109,7 @@ def preflight(
     partition: str,
     config: dict[str, Any],
     backend: str | None,
-    gpus: int,
+    gpus: Gpus,
     local_ranks: int | None = None,
     dropout: float | None = None,
     seed: int = 0,
@@ -132,7 +135,7 @@ def preflight(
         partition: see ``partition.bounds_for``; ``profile`` is checked, and left to ``pipetutor.profile.cut``.
         config: a whole DeepSpeed config, from ``read_config``.
         backend: ``nccl``, ``gloo`` or None: nccl where CUDA can serve every rank, else gloo.
-        gpus: CUDA devices of this host.
+        gpus: the CUDA devices that ranks on this host can use.
         local_ranks: ranks on this host; all of them where it is not given.
         dropout: probability for every dropout layer, or None for the model's own.
         seed: of weights and data order.
@@ -187,13 +190,15 @@ def preflight(
         raise ValueError(f"the config has no optimizer, and nothing would be learned: add {OBJECTS['optimizer']}")
     _check_optimizer_can_be_split(config, zero_stage)
     local_ranks = local_ranks or ranks
-    if backend == "nccl" and gpus < local_ranks:
+    why = f" to use ({gpus.why})" if gpus.why else ""
+    if backend == "nccl" and gpus.count < local_ranks:
         raise ValueError(
-            f"nccl needs one GPU for each of the {local_ranks} ranks, and this machine has {gpus}: "
-            + ("use at most " + str(gpus) + " ranks, or " if gpus else "")
+            f"nccl needs one GPU for each of the {local_ranks} ranks, and this machine has {gpus.count}{why}: "
+            + (f"use at most {gpus.count} ranks, or " if gpus.count else "")
             + "leave the backend out (or --backend gloo) to run on the CPU"
         )
-    chosen = backend or ("nccl" if gpus >= local_ranks else "gloo")
+    chosen = backend or ("nccl" if gpus.count >= local_ranks else "gloo")
+    check_network(chosen)
     half = half_precision(config)
     if half == "fp16" and chosen == "gloo":
         raise ValueError(
@@ -235,9 +240,10 @@ def preflight(
         _check_torch_runs(stages, batch, config, others)
         idle_share(schedule, stages, batch.accumulation, chunks)
     notices = []
-    if backend is None and 0 < gpus < local_ranks:
+    if backend is None and gpus.count < local_ranks and (gpus.count or gpus.why):
         notices = [
-            f"{gpus} GPU(s) cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU with gloo"
+            f"{gpus.count} GPU(s){why} cannot serve {local_ranks} ranks, nccl wants one each: running on the CPU "
+            "with gloo"
         ]
     if half and chosen == "gloo" and not machine.bf16_is_native():  # asked last: it loads torch
         notices.append(f"{half}: {SLOW}")
@@ -253,6 +259,21 @@ def preflight(
         done=done,
         notice="\n".join(notices),
     )
+
+
+def check_network(backend: str) -> None:
+    """Refuse network interfaces that this host does not have: gloo takes a list of them, NCCL one of its prefixes."""
+    variable = f"{backend.upper()}_SOCKET_IFNAME"
+    given, here = os.environ.get(variable, ""), [name for _, name in socket.if_nameindex()]
+    if not given or given.startswith("^"):  # NCCL's: all but these
+        return
+    wanted, exact = given.removeprefix("=").split(","), backend == "gloo" or given.startswith("=")
+    found = [name for name in wanted if name in here or (not exact and any(each.startswith(name) for each in here))]
+    if not found or (backend == "gloo" and found != wanted):
+        raise ValueError(
+            f"{variable} is {given}, but this host has no such network interface: use one of {', '.join(here)}, or "
+            "unset it"
+        )
 
 
 def _other_numbers(ranks: int, stages: int) -> str:

@@ -7,21 +7,24 @@ After ``training/pipeline_parallelism/train.py`` of DeepSpeedExamples, whose nam
 
 import argparse
 import atexit
+import hashlib
+import json
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from torch import nn
 
-from pipetutor import checkpoint, disk, faults, profile, records
+from pipetutor import checkpoint, disk, faults, fetch, profile, records
+from pipetutor.agreement import Refused, agree
 from pipetutor.batch import explain
 from pipetutor.config import DTYPES, read_config
 from pipetutor.data import cifar_testset, cifar_trainset
@@ -32,7 +35,7 @@ from pipetutor.kinds import check, whole
 from pipetutor.launch import free_port
 from pipetutor.layers import build, join_layers
 from pipetutor.loop import Loop
-from pipetutor.machine import cpu_cores, gpu_count, versions
+from pipetutor.machine import cpu_cores, gpus, versions
 from pipetutor.partition import METHODS, PROFILE
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
 from pipetutor.schedules import SCHEDULES
@@ -114,7 +117,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         partition=args.partition,
         config=read_config(args.deepspeed_config, args.dtype),
         backend=args.backend,
-        gpus=gpu_count(),
+        gpus=gpus(_local_ranks()),
         dropout=args.dropout,
         seed=args.seed,
         eval_every=args.eval_every,
@@ -128,10 +131,25 @@ def make_plan(args: argparse.Namespace) -> Plan:
         chunks=args.chunks,
         recompute=args.recompute,
     )
-    # The first rank alone refuses weights: the others wait for it to join, and the job ends with it.
-    if args.weights and os.environ.get("RANK", "0") == "0":
+    # The files of a host are those of all its ranks: its first rank looks.
+    if args.weights and os.environ.get("LOCAL_RANK", "0") == "0":
         _model(args)
     return plan
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what must be the same on every rank; files may have other names elsewhere: their content counts."""
+    own = ("local_rank", "backend", "data_dir", "run_dir", "resume", "weights", "deepspeed_config")
+    words = {name: value for name, value in vars(args).items() if name not in own}
+    config = read_config(args.deepspeed_config, args.dtype)
+    found = words | {f"{name} of the config": value for name, value in config.items()}
+    found |= {f"version of {name}": value for name, value in versions().items()}
+    if args.resume:
+        found["checkpoint"] = json.loads((checkpoint.find(args.resume) / checkpoint.MANIFEST).read_text())["files"]
+    if args.weights and os.environ["LOCAL_RANK"] == "0":
+        with open(args.weights, "rb") as file:
+            found["sha256 of the weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _model(args: argparse.Namespace) -> nn.Module:
@@ -227,22 +245,12 @@ def _relaunch(args: argparse.Namespace) -> None:
     )
     if os.environ.get("OMP_NUM_THREADS") == str(cpu_cores()):  # set for this lone rank, not by the user
         del os.environ["OMP_NUM_THREADS"]
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launched}
+    env["CUDA_VISIBLE_DEVICES"] = ""  # there was none to use, and the new launcher may not show others
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(stages)]
     command += ["--master_port", str(free_port()), "--module", "pipetutor.train", *_own_arguments()]
     os.execve(sys.executable, command, env)
-
-
-def _cut_of_first(plan: Plan) -> Plan:
-    """Return the plan with the first rank's bounds.
-
-    Each host has a cache of its own and may have measured other times, and ranks that cut differently would wait for
-    each other for ever. So only the first rank looks, and tells the others.
-    """
-    bounds = [plan.bounds]
-    dist.broadcast_object_list(bounds, src=0)
-    return replace(plan, bounds=bounds[0])
 
 
 def _take_directory(args: argparse.Namespace, rank: int) -> None:
@@ -256,7 +264,7 @@ def _take_directory(args: argparse.Namespace, rank: int) -> None:
         saved = f", or go on with it: --resume {args.run_dir}" if "checkpoint" in held else ""
         raise ValueError(f"--run-dir {args.run_dir} holds a run already ({held}): give another --run-dir{saved}")
     records.forget(args.run_dir, rank, int(os.environ.get("WORLD_SIZE", "1")))
-    Heartbeat(args.run_dir, rank)  # a rank that hangs while it joins the others has said so
+    Heartbeat(args.run_dir, rank)  # who hangs while it joins the others has said so
 
 
 def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
@@ -278,49 +286,83 @@ def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
     records.write_json(args.run_dir / "run.json", about | plan.record())
 
 
+def _unlaunched() -> list[str]:
+    """Return what a launcher would have set in the environment, and is not there."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return [name for name in names if name not in os.environ]
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Plan, str]:
+    """Refuse what cannot run on this host; return the plan, and the table of a measured cut.
+
+    Raises:
+        ValueError: something asked for cannot work here.
+        RunFailed: layers could not be measured.
+    """
+    if missing := _unlaunched():  # DeepSpeed would look for MPI
+        raise ValueError(
+            f"no launcher has started this rank ({missing[0]} is not set): use deepspeed --num_gpus "
+            f"{args.pipeline_parallel_size or 2} --module pipetutor.train {shlex.join(_own_arguments())}"
+        )
+    args.local_rank = int(os.environ["LOCAL_RANK"])
+    stages = args.pipeline_parallel_size
+    if os.environ["WORLD_SIZE"] == "1" and stages > 1 and not gpus(1).count:
+        _relaunch(args)
+    plan = make_plan(args)
+    for flag in ("save_every", "trace"):
+        if getattr(args, flag) and not args.run_dir:
+            raise ValueError(f"--{flag.replace('_', '-')} needs a place to write to: give --run-dir, too")
+    if args.run_dir:
+        try:
+            _take_directory(args, int(os.environ["RANK"]))
+        except OSError as error:
+            words = disk.cannot(f"write --run-dir {args.run_dir}", error, "give another directory")
+            raise ValueError(words) from None
+    if args.local_rank == 0:
+        fetch.prepare(args.dataset, args.data_dir)
+    if stages and args.partition == PROFILE and os.environ["RANK"] == "0":
+        return profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)
+    return plan, ""
+
+
 def main() -> None:
     """Run one rank of a job that DeepSpeed's launcher started.
 
-    Bad input ends the job with status 2 and one line from the first rank; the other ranks leave in
-    silence with status 0, because the launcher ends the job at the first other status it sees, maybe
+    What any rank refuses ends the job. The first rank of each host tells it, in one line, and ends with status 2; the
+    others leave in silence with status 0, because the launcher ends the job at the first other status it sees, maybe
     before the first rank has spoken.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    plan, refusal, table, common = None, "", "", {}
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0" or bool(_unlaunched())
     try:
         args = get_args()
-        args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-        stages = args.pipeline_parallel_size
-        if os.environ.get("WORLD_SIZE") == "1" and stages > 1 and gpu_count() == 0:
-            _relaunch(args)
-        plan = make_plan(args)
-        for flag in ("save_every", "trace"):
-            if getattr(args, flag) and not args.run_dir:
-                raise ValueError(f"--{flag.replace('_', '-')} needs a place to write to: give --run-dir, too")
-        if args.run_dir:
-            try:
-                _take_directory(args, rank)
-            except OSError as error:
-                words = disk.cannot(f"write --run-dir {args.run_dir}", error, "give another directory")
-                raise ValueError(words) from None
-        profiled, table = stages > 0 and args.partition == PROFILE, ""
-        if profiled and rank == 0:  # the others wait for it to join
-            plan, table = profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)
+        plan, table = _prepare(args)
+        common = _common(args)
     except (ValueError, OSError, RunFailed) as error:
-        if rank == 0:
-            print(f"pipetutor: {error}", file=sys.stderr)
-        sys.exit(2 if rank == 0 else 0)
+        refusal = str(error)
+        if speaks:
+            print(f"pipetutor: {refusal}", file=sys.stderr, flush=True)
+        if _unlaunched():
+            sys.exit(2)
+    try:
+        plan, store = agree(plan, refusal, common, default_pg_timeout)
+    except Refused as refused:
+        for line in str(refused).splitlines():
+            if speaks:
+                print(f"pipetutor: {line}", file=sys.stderr, flush=True)
+        sys.exit(2 if speaks else 0)
+    rank, stages = int(os.environ["RANK"]), args.pipeline_parallel_size
     try:
         # DeepSpeed would compile a shared-memory all-reduce here, 20 s and a C++ compiler, to no gain.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         deepspeed.init_distributed(dist_backend=plan.backend)
+        del store  # that of the process group has taken over
         if plan.backend == "nccl":
             torch.cuda.set_device(args.local_rank)
         config = read_config(args.deepspeed_config, args.dtype)
         say(explain(config, stages, plan.batch.replicas, args.schedule, args.chunks))
         for line in filter(None, [plan.notice, table]):
             say(line)
-        if profiled:
-            plan = _cut_of_first(plan)
         if args.run_dir and rank == 0:
             _begin_record(args, plan)
         if stages:

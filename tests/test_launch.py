@@ -97,6 +97,33 @@ def test_a_free_port_is_none_that_another_connection_gets():
     assert all(free_port() < least for _ in range(20))
 
 
+def test_twelve_that_ask_at_once_get_ports_of_their_own():
+    """Though all of them draw the same numbers."""
+    code = """
+        import random, sys
+        drawn = random.Random(1)
+        random.SystemRandom = lambda: drawn
+        from pipetutor.launch import free_port
+        print(free_port(), flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    all_at_once = [subprocess.Popen(command, **pipes) for _ in range(12)]
+    try:
+        ports = [int(process.stdout.readline()) for process in all_at_once]
+    finally:
+        for process in all_at_once:
+            process.communicate(timeout=HANGS)
+    assert len(set(ports)) == 12, ports
+
+
+def test_a_kept_port_can_be_listened_at():
+    port = free_port()
+    with socket.create_server(("", port)), pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(("", port))
+
+
 def test_two_launches_at_once_with_port_29500_taken(runs):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipetutor import bench, certify, config, costs, fetch, launch, machine, rec
 from pipetutor.config import read_config
 from pipetutor.kinds import shown
 from pipetutor.launch import OPTIONS as LAUNCHED
+from pipetutor.machine import Gpus
 from pipetutor.preflight import DATASET_SIZES, OPTIONS, preflight
 from pipetutor.train import get_args, make_plan
 from pipetutor.weights import export
@@ -33,7 +35,7 @@ GOOD = dict(
     partition="parameters",
     config={"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "SGD"}},
     backend=None,
-    gpus=0,
+    gpus=Gpus(0),
 )
 TORCH = {"engine": "torch"}
 
@@ -112,8 +114,8 @@ WRONG = [
     (planned, dict(dataset="mnist"), ["try 'synthetic' (there is synthetic, cifar10)"]),
     (planned, dict(dataset="cifar100"), ["cifar100", "try 'cifar10'"]),
     (planned, dict(partition="best"), ["'best'", "parameters, uniform"]),
-    (planned, dict(partition="profile", gpus=2), ["CPU", "on GPUs", "--backend gloo"]),
-    (planned, dict(partition="profile", backend="nccl", gpus=4), ["CPU", "on GPUs", "--backend gloo"]),
+    (planned, dict(partition="profile", gpus=Gpus(2)), ["CPU", "on GPUs", "--backend gloo"]),
+    (planned, dict(partition="profile", backend="nccl", gpus=Gpus(4)), ["CPU", "on GPUs", "--backend gloo"]),
     (planned, dict(partition="profile", config=GOOD["config"] | {"bf16": {"enabled": True}}), ["fp32", "bf16"]),
     (planned, dict(partition="profile", ranks=9, stages=9), ["9 stages", "only 8 ", "1 to 8"]),
     (planned, dict(TORCH, partition="profile", schedule="interleaved_1f1b", chunks=5), ["10 stages", "1 to 8"]),
@@ -166,7 +168,7 @@ WRONG = [
     (planned, dict(TORCH, config=batch(64, 8) | {"gradient_clipping": 1.0}), ["does not know gradient_clipping"]),
     (planned, dict(TORCH, config=batch(64, 8) | {"optimizer": {"type": "Lamb"}}), ["Adam, AdamW or SGD", "'Lamb'"]),
     (planned, dict(backend="nccl"), ["2 ranks", "has 0", "gloo"]),
-    (planned, dict(backend="nccl", gpus=1), ["2 ranks", "has 1", "at most 1 ranks"]),
+    (planned, dict(backend="nccl", gpus=Gpus(1)), ["2 ranks", "has 1", "at most 1 ranks"]),
     (planned, dict(dropout=1.5), ["1.5", "below 1"]),
     (planned, dict(dropout="high"), ["'high'", "number"]),
     (planned, dict(seed=2**32), ["seed is 4294967296", "at most 4294967295"]),
@@ -420,7 +422,7 @@ def test_wrong_input_is_refused_in_one_line(call, given, words, nothing_starts, 
         dict(stages=0, ranks=3, config=batch(24, 8)),
         dict(config=read_config({"zero_optimization": {"stage": 1}})),
         dict(config=batch(64, 8) | {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}),
-        dict(gpus=2, config=read_config({"fp16": {"enabled": True}})),
+        dict(gpus=Gpus(2), config=read_config({"fp16": {"enabled": True}})),
         dict(config=read_config({"csv_monitor": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}})),
         dict(
             config=read_config(
@@ -577,7 +579,7 @@ def test_deepspeed_reads_what_is_accepted_of_a_config(monkeypatch, way, value):
         return
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     try:
-        preflight(**(GOOD | {"config": whole, "gpus": 2}))
+        preflight(**(GOOD | {"config": whole, "gpus": Gpus(2)}))
     except ValueError as error:
         assert way[0] in str(error) or "batch" in way[0], error
         return
@@ -616,7 +618,7 @@ def test_every_option_of_a_run_has_a_kind():
 
 
 def test_a_measured_cut_is_left_open():
-    for good in ({}, {"gpus": 2, "backend": "gloo"}, {"gpus": 1}):
+    for good in ({}, {"gpus": Gpus(2), "backend": "gloo"}, {"gpus": Gpus(1)}):
         assert preflight(**(GOOD | {"partition": "profile"} | good)).bounds == []
 
 
@@ -625,9 +627,36 @@ def test_zero_2_is_fine_without_a_pipeline():
 
 
 def test_too_few_gpus_choose_the_cpu_and_say_so():
-    plan = preflight(**(GOOD | {"gpus": 1}))
+    plan = preflight(**(GOOD | {"gpus": Gpus(1)}))
     assert plan.backend == "gloo" and "1 GPU" in plan.notice and "2 ranks" in plan.notice
-    assert preflight(**(GOOD | {"gpus": 2})).backend == "nccl"
+    assert preflight(**(GOOD | {"gpus": Gpus(2)})).backend == "nccl"
+
+
+@pytest.mark.parametrize(
+    "backend, given, fits",
+    [
+        ("gloo", "lo", True),
+        ("gloo", "", True),
+        ("gloo", "lo,eth77", False),
+        ("nccl", "eth77,lo", True),
+        ("nccl", "l", True),
+        ("nccl", "=l", False),
+        ("nccl", "=lo", True),
+        ("nccl", "^eth77", True),
+        ("nccl", "eth77", False),
+    ],
+)
+def test_a_network_interface_that_is_not_there_is_named(backend, given, fits, monkeypatch):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setenv(f"{backend.upper()}_SOCKET_IFNAME", given)
+    change = {"backend": backend, "gpus": Gpus(2)}
+    if fits:
+        assert planned(change).backend == backend
+        return
+    with pytest.raises(
+        ValueError, match=f"{given}, but this host has no such network interface: use one of lo, eth0"
+    ):
+        planned(change)
 
 
 HEAVY = ("torch", "deepspeed", "torchvision", "numpy", "matplotlib", "IPython", "pydantic")
@@ -654,9 +683,9 @@ def test_numbers_of_16_bits_on_a_processor_without_instructions_for_them_are_sai
     for slow in (dict(dtype="bf16"), dict(config={"bfloat16": {"enabled": True}})):
         notice = planned(dict(config=read_config(**{"config": None} | slow))).notice
         assert notice.startswith("bf16: ") and "times as long as in fp32" in notice and "dtype='fp32'" in notice
-    notice = planned(dict(gpus=1, config=read_config({"torch_autocast": {"enabled": True}}))).notice
+    notice = planned(dict(gpus=Gpus(1), config=read_config({"torch_autocast": {"enabled": True}}))).notice
     assert [line.split(":")[0] for line in notice.splitlines()][1] == "torch_autocast"
-    assert planned(dict(gpus=2, config=read_config(None, "bf16"))).notice == "", "a GPU has them"
+    assert planned(dict(gpus=Gpus(2), config=read_config(None, "bf16"))).notice == "", "a GPU has them"
     monkeypatch.setattr(machine, "bf16_is_native", lambda: True)
     assert planned(dict(config=read_config(None, "bf16"))).notice == ""
 

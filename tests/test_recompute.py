@@ -9,6 +9,7 @@ from conftest import SMALL_SGD, run
 from pipetutor import engine
 from pipetutor.config import read_config
 from pipetutor.layers import build
+from pipetutor.machine import Gpus
 from pipetutor.preflight import preflight
 from pipetutor.torch_engine import TorchPipeline
 
@@ -59,4 +60,4 @@ def test_deepspeeds_own_recomputing_is_refused():
     given = dict(ranks=2, stages=2, steps=1, model="alexnet", dataset="synthetic", partition="0,16,22")
     config = read_config(SMALL_SGD | {"pipeline": {"activation_checkpoint_interval": 1}})
     with pytest.raises(ValueError, match=r"activation_checkpoint_interval.*recompute=True"):
-        preflight(**given, config=config, backend=None, gpus=0)
+        preflight(**given, config=config, backend=None, gpus=Gpus(0))
