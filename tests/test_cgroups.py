@@ -111,7 +111,7 @@ def test_no_limit_of_version_1_is_none(fake):
 @pytest.mark.parametrize(("cores", "threads"), [(2, "1"), (6, "3")])
 def test_ranks_share_the_cores_of_the_container_however_they_are_started(fake, monkeypatch, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(machine, "gpu_count", lambda *env: 0)
+    monkeypatch.setattr(machine, "gpus", lambda *about: machine.Gpus(0, ""))
     fake([V2], ["0::/"], {"cgroup/cpu.max": f"{cores}00000 100000"})
     launched = rank_environment(0, 2, 29500)  # of DeepSpeed's launcher, too
     machine.prepare_rank(launched, ["--backend", "gloo"])
