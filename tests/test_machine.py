@@ -231,8 +231,7 @@ def test_the_launchers_numbers_are_no_leave_to_take_other_gpus(allowed, launcher
 def test_deepspeeds_command_uses_the_devices_that_the_user_allows(visible, tmp_path):
     """The real launcher overwrites them in its ranks, and the runner takes them out of the launcher's environment."""
     (tmp_path / "rank.py").write_text(
-        "import os, pipetutor\n"
-        "os.write(1, f\"sees {os.environ['CUDA_VISIBLE_DEVICES'] or 'none'}\\n\".encode())\n"  # whole, as print is not
+        "import os, pipetutor\nos.write(1, f\"sees {os.environ['CUDA_VISIBLE_DEVICES'] or 'none'}\\n\".encode())\n"
     )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "rank"]
     env = os.environ | {
