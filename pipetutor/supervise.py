@@ -38,6 +38,7 @@ from pipetutor import heartbeat, machine, records
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
+INPUT = 0  # the pipe from who wants the run
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -190,10 +191,10 @@ class Attention:
 
     def given_up(self, seconds: float) -> bool:
         """Wait so long at most, and say whether the run is given up."""
-        readable, _, _ = select.select([sys.stdin, self._signals], [], [], seconds)
+        readable, _, _ = select.select([INPUT, self._signals], [], [], seconds)
         numbers = os.read(self._signals, 4096) if self._signals in readable else b""
         asked = any(number != signal.SIGCHLD for number in numbers)
-        return asked or sys.stdin in readable or os.getppid() != self._parent
+        return asked or INPUT in readable or os.getppid() != self._parent
 
 
 def main() -> None:
@@ -202,7 +203,8 @@ def main() -> None:
     adopt_orphans()
     try:
         attention = Attention(parent)
-        asked = json.loads(sys.stdin.readline())
+        with open(INPUT, "rb", buffering=0, closefd=False) as told:  # what comes behind the line stays where it is
+            asked = json.loads(told.readline())
         processes = [Process(**process) for process in asked["processes"]]
         deadline = float("inf") if asked["deadline"] is None else asked["deadline"]  # JSON has null for infinity
         report = supervise(processes, directory, deadline, attention.given_up)
