@@ -14,6 +14,7 @@ import re
 import runpy
 import shutil
 import socket
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from pipetutor import cgroups
 
 PINNED = ("torch", "torchvision", "deepspeed", "numpy", "jupyterlab", "papermill")
 LOOPBACK = "lo"
+# How our processes begin. -P: a learner's file random.py, say, in the working directory is none of their modules.
+PYTHON = (sys.executable, "-P")
 
 
 class Memory(NamedTuple):
