@@ -11,6 +11,13 @@ import sys
 
 from pipetutor.machine import prepare_rank
 
+if not __debug__:
+    raise ImportError(
+        "Python was started with -O or PYTHONOPTIMIZE, and leaves out every assert: the checks of the exercises "
+        "would accept any answer. Start it, or the notebook's kernel, without"
+    )
+# Where threads are bound to cores, the first thread of each process, and so of each rank, is bound to the same core.
+os.environ["OMP_PROC_BIND"] = "false"
 # A rank: DeepSpeed's launcher started this process. A notebook that runs below torchrun has a LOCAL_RANK alone.
 if "LOCAL_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
     prepare_rank(os.environ, sys.argv)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor import fetch, machine, records
+from pipetutor.costs import environment
 from pipetutor.kinds import check, list_of, named, whole
 from pipetutor.preflight import check_network
 from pipetutor.watch import Parser, ending_with_a_status, run_job
@@ -147,7 +148,7 @@ def certify(
     chosen += [wrong | {"control": control} for control in CONTROLS]
     fetch.prepare("synthetic", data_dir)
     directory = records.create(Path(runs_dir), "certificate")
-    env = ENVIRONMENT | {fetch.VARIABLE: str(data_dir)}
+    env = environment(1) | ENVIRONMENT | {fetch.VARIABLE: str(data_dir)}
     rows = run_job("pipetutor.proof", directory, chosen, env, len(chosen), "rows", _brief)
     certificate = Certificate([_read(row) for row in rows], skipped, directory)
     content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}

@@ -103,7 +103,7 @@ def command(name: str, directory: Path, steps: int, cut: str) -> list[str]:
     """
     rival = RIVALS[name]
     if rival.stages is None:
-        return [sys.executable, "-u", "-m", "pipetutor.rivals", name, str(directory), str(steps), cut]
+        return [*machine.PYTHON, "-u", "-m", "pipetutor.rivals", name, str(directory), str(steps), cut]
     stages = rival.stages and cut.count(",")
     flags = {"-p": stages, "-s": steps, "--seed": SEED, "--dropout": 0, "--run-dir": directory}
     if stages:
@@ -112,7 +112,7 @@ def command(name: str, directory: Path, steps: int, cut: str) -> list[str]:
     if machine.gpus(STAGES).count < STAGES:
         flags["--backend"] = "gloo"
     words = [str(word) for flag in flags.items() for word in flag]
-    return [sys.executable, "-u", "-m", "pipetutor.train", *words]
+    return [*machine.PYTHON, "-u", "-m", "pipetutor.train", *words]
 
 
 def _busy() -> tuple[float, float]:

@@ -198,11 +198,11 @@ class LayerCosts:
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """Return what the environment of as many ranks on one CPU says of threads, memory and devices."""
-    env = dict(os.environ) | {"LOCAL_SIZE": str(ranks)}
+    """Return what the environment of as many ranks on one CPU says of threads, memory, devices and network."""
+    env = dict(os.environ) | {"LOCAL_SIZE": str(ranks), "WORLD_SIZE": str(ranks)}
     machine.prepare_rank(env, ["--backend=gloo"])
-    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR")
-    return {name: env[name] for name in names} | {"CUDA_VISIBLE_DEVICES": ""}
+    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
+    return {name: env[name] for name in names if name in env} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def measure(

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from pipetutor import records, synthetic
+from pipetutor import machine, records, synthetic
 from pipetutor.costs import environment
 from pipetutor.watch import run_job
 
 PATIENCE_SECONDS = 60
+DID = "did: "  # begins a line by which a process tells what it did
 
 
 class Move(NamedTuple):
@@ -72,7 +73,7 @@ def play(turns: str) -> list[Move]:
         raise ValueError(f"turns is {turns!r}, but must be a letter for each step: 'AABB', say")
     players: dict[str, subprocess.Popen[str]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "pipetutor.hazards", "naive", str(Path(directory, "drawn"))]
+        command = [*machine.PYTHON, "-m", "pipetutor.hazards", "naive", str(Path(directory, "drawn"))]
         try:
             for who in sorted(set(turns)):  # they end of themselves when this process does: their input ends
                 players[who] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -87,7 +88,8 @@ def _move(who: str, player: subprocess.Popen[str]) -> Move:
     assert player.stdin and player.stdout
     player.stdin.write("your turn\n")
     player.stdin.flush()
-    did = player.stdout.readline().strip()
+    said = next((line for line in player.stdout if line.startswith(DID)), "")  # a site's Python may greet first
+    did = said.removeprefix(DID).strip()
     return Move(who, did, did.startswith("fails"))
 
 
@@ -98,7 +100,7 @@ def _take_turns(folder: Path) -> None:
             did = next(steps, "has ended")
         except OSError as error:  # its generator has ended with it
             did = f"fails: {type(error).__name__}, {error.strerror}: {Path(error.filename or folder).name}"
-        print(did, flush=True)
+        print(f"{DID}{did}", flush=True)
 
 
 def barrier(ranks: int = 4, runs_dir: str | Path = "runs") -> list[dict[str, Any]]:

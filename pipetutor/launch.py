@@ -212,7 +212,7 @@ def launch(
     for line in filter(None, [explained, plan.notice, table, typed]):
         print(line)
     lines = directory / records.STEPS
-    train = [sys.executable, "-u", "-m", "pipetutor.train", *arguments, "--run-dir", _short(directory)]
+    train = [*machine.PYTHON, "-u", "-m", "pipetutor.train", *arguments, "--run-dir", _short(directory)]
     port = free_port()
     processes = [
         Process(train, rank_environment(rank, ranks, port), records.log_path(directory, rank).name)

@@ -13,6 +13,8 @@ import platform
 import re
 import runpy
 import shutil
+import socket
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ import psutil
 from pipetutor import cgroups
 
 PINNED = ("torch", "torchvision", "deepspeed", "numpy", "jupyterlab", "papermill")
+LOOPBACK = "lo"
+# How our processes begin. -P: a learner's file random.py, say, in the working directory is none of their modules.
+PYTHON = (sys.executable, "-P")
 
 
 class Memory(NamedTuple):
@@ -215,6 +220,8 @@ def prepare_rank(env: MutableMapping[str, str], argv: Sequence[str]) -> None:
       than GPUs; those ranks belong on the CPU.
     - ``TORCHELASTIC_USE_AGENT_STORE``: set by torchrun for the ranks of its own job. Below it, no rank of this one
       would serve the store in which they meet.
+    - ``GLOO_SOCKET_IFNAME``: gloo looks up the address of this host's name, which takes up to a minute where no name
+      server answers. Ranks that are all on one host meet on its loopback interface.
 
     Args:
         env: the rank's environment, changed in place.
@@ -226,6 +233,8 @@ def prepare_rank(env: MutableMapping[str, str], argv: Sequence[str]) -> None:
     if allowed is not None and not _devices(env.get("CUDA_VISIBLE_DEVICES", "")) <= _devices(allowed):
         env["CUDA_VISIBLE_DEVICES"] = allowed
     local_ranks = int(env.get("LOCAL_SIZE", "1"))
+    if env.get("WORLD_SIZE") == str(local_ranks) and LOOPBACK in (name for _, name in socket.if_nameindex()):
+        env.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     wants_cpu = re.search(r"--backend[= ]gloo\b", " ".join(argv)) is not None
     if wants_cpu or gpus(local_ranks, env).count < local_ranks:
         env.setdefault("DS_ACCELERATOR", "cpu")

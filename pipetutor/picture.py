@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,6 +18,9 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "xxx")
+
+# Decorates what draws: with matplotlib's own settings, whatever the user's are (LaTeX, black, a missing font).
+in_our_style = style.context("default")
 
 
 class Picture(Figure):
@@ -32,6 +36,7 @@ class Picture(Figure):
         content = base64.b64encode(self._repr_png_()).decode()
         return {"image/png": content}, {"image/png": {"alt": self.description}}
 
+    @in_our_style
     def _repr_png_(self) -> bytes:
         content = io.BytesIO()
         self.savefig(content, format="png", dpi=100)

@@ -11,10 +11,11 @@ from matplotlib.ticker import MaxNLocator
 
 from pipetutor.costs import LayerCosts
 from pipetutor.partition import catalog
-from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, brief, plain
+from pipetutor.picture import COLOURS, HATCHES, STYLES, Picture, brief, in_our_style, plain
 from pipetutor.records import Run
 
 
+@in_our_style
 def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:
     """Show images with their labels.
 
@@ -35,6 +36,7 @@ def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Fi
     return figure
 
 
+@in_our_style
 def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     """Draw the loss of each step for one or more runs, the later ones dashed so that equal ones both show.
 
@@ -70,6 +72,7 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     return figure
 
 
+@in_our_style
 def stages(run: Run) -> Figure:
     """Draw the flat list of layers, with its parameters, and which stage held which.
 
@@ -112,6 +115,7 @@ def stages(run: Run) -> Figure:
     return figure
 
 
+@in_our_style
 def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     """Draw how long each layer takes for one micro-batch, forward and backward, and where a cut divides them.
 
@@ -148,6 +152,7 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     return figure
 
 
+@in_our_style
 def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figure:
     """Draw which image each replica reads when, pass after pass; what fills no micro-batch is crossed out.
 
@@ -189,6 +194,7 @@ def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figur
     return figure
 
 
+@in_our_style
 def layers(costs: LayerCosts, border: int) -> Figure:
     """Draw, layer by layer and side by side, what is kept, what is sent and what is computed.
 
@@ -231,6 +237,7 @@ def layers(costs: LayerCosts, border: int) -> Figure:
     return figure
 
 
+@in_our_style
 def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     """Draw how far each pipeline's gradients are from one process's, and where the controls are.
 
@@ -273,6 +280,7 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     return figure
 
 
+@in_our_style
 def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str, float]] | None = None) -> Figure:
     """Draw how fast each rival of a bench is: a bar up to the median, a line from the slowest run to the fastest.
 

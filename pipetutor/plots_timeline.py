@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.picture import COLOURS, STYLES, Picture, brief, plain
+from pipetutor.picture import COLOURS, STYLES, Picture, brief, in_our_style, plain
 from pipetutor.rules import LETTERS
 from pipetutor.timeline import CATEGORIES, COLUMNS, KINDS, Timeline
 from pipetutor.trace import Step
@@ -55,6 +55,7 @@ def _require(rows: object) -> None:
         )
 
 
+@in_our_style
 def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
     """Draw timelines one above the other on one time axis, each beginning at zero.
 
@@ -149,6 +150,7 @@ PARTS = {
 }
 
 
+@in_our_style
 def accounting(rows: Mapping[str, Timeline]) -> Figure:
     """Draw where each rank's seconds went, the timelines beside each other.
 
@@ -192,6 +194,7 @@ def accounting(rows: Mapping[str, Timeline]) -> Figure:
     return figure
 
 
+@in_our_style
 def memory(rows: Mapping[str, Step]) -> Figure:
     """Draw what each rank keeps beyond what it had when the step began, the steps beside each other on one scale.
 
@@ -219,6 +222,7 @@ def memory(rows: Mapping[str, Step]) -> Figure:
     return figure
 
 
+@in_our_style
 def activations(predicted: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]]) -> Figure:
     """Draw activations over the number of micro-batches: lines for what is predicted, marks for what was measured.
 

@@ -78,6 +78,10 @@ def create(parent: Path, name: str) -> Path:
     Raises:
         ValueError: the directory cannot be made or written to; the message says where and why.
     """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ValueError("the working directory was deleted: change to one that is there (cd, os.chdir)") from None
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     try:
         for attempt in range(1, 1000):

@@ -96,25 +96,30 @@ def end_with(parent: int) -> None:
 
 
 class Progress:
-    """How long ago a rank last completed something, by the heartbeats; a run whose ranks all wait stands still."""
+    """For how long no rank has completed anything, by the heartbeats; a run whose ranks all wait stands still.
+
+    A machine or container that was suspended stands still as a whole, and nobody looks meanwhile: of the time between
+    two looks, half a deadline counts at most.
+    """
 
     def __init__(self, directory: Path, ranks: int, deadline: float):
         self._directory, self._ranks, self._deadline = directory, ranks, deadline
-        self._seen, self._moved, self._looked = -1, time.monotonic(), 0.0
+        self._seen, self._still, self._looked = -1, 0.0, time.monotonic()
 
     def stalled(self) -> list[heartbeat.Beat] | None:
         """Return the heartbeats of a run that made no progress within the deadline, None of any other."""
         now = time.monotonic()
-        if now - self._looked < min(0.5, self._deadline / 4):
+        since = now - self._looked
+        if since < min(0.5, self._deadline / 4):
             return None
-        self._looked = now
+        self._looked, self._still = now, self._still + min(since, self._deadline / 2)
         beats = heartbeat.read(self._directory)
         progress = sum(beat.progress for beat in beats)
         if progress != self._seen:
-            self._seen, self._moved = progress, now
+            self._seen, self._still = progress, 0.0
         steps = len(beats) == self._ranks and all(beat.phase in ("training", "evaluating") for beat in beats)
         deadline = self._deadline if steps else max(self._deadline, PATIENCE_SECONDS)
-        return beats if now - self._moved > deadline else None
+        return beats if self._still > deadline else None
 
 
 def _start(process: Process, directory: Path) -> subprocess.Popen[bytes]:

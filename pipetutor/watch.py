@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
-from pipetutor import records
+from pipetutor import machine, records
 from pipetutor.supervise import Process
 
 SUPERVISOR_SECONDS = 10
@@ -69,7 +69,7 @@ def watch(
     __tracebackhide__ = True  # by IPython
     asked = {"processes": [asdict(process) for process in processes], "deadline": deadline}
     supervisor = subprocess.Popen(
-        [sys.executable, "-c", "from pipetutor.supervise import main; main()", str(directory), str(os.getpid())],
+        [*machine.PYTHON, "-c", "from pipetutor.supervise import main; main()", str(directory), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -81,14 +81,16 @@ def watch(
         _tell(supervisor.stdin, records.to_json(asked))
         with _bar(total, unit) as bar, selectors.DefaultSelector() as selector:
             selector.register(supervisor.stdout, selectors.EVENT_READ)
-            ended = False
+            ended, seen = False, 0
             while not ended:
-                ended = bool(selector.select(timeout=0.2))
-                for line in records.read_lines(lines, start=bar.n):
+                if selector.select(timeout=0.2):
+                    words = os.read(supervisor.stdout.fileno(), 65536)
+                    output, ended = output + words, not words
+                for line in records.read_lines(lines, start=seen):
                     bar.set_postfix_str(describe(line), False)
                     bar.update()
+                    seen += 1
             bar.refresh()
-        output = supervisor.stdout.read()
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -104,8 +106,9 @@ def watch(
             supervisor.stderr.close()
     if interrupted and supervisor.returncode == 0:
         raise KeyboardInterrupt(f"{directory.name} is interrupted, and all its processes have ended")
-    report = json.loads(output) if output else {}
-    if not output or "error" in report:
+    # Before the report stands what a site's sitecustomize, say, prints in every Python.
+    report: dict[str, Any] = next((json.loads(line) for line in output.splitlines() if line.startswith(b"{")), {})
+    if not report or "error" in report:
         error = report.get("error") or f"its supervisor is gone{_ended(supervisor.returncode, said)}"
         with contextlib.suppress(OSError, ValueError):  # the record itself may be what is wrong
             records.close(directory, "failed")
@@ -152,7 +155,7 @@ def run_job(
     """
     __tracebackhide__ = True  # by IPython
     (directory / "logs").mkdir()
-    command = [sys.executable, "-m", module, str(directory), records.to_json(asked)]
+    command = [*machine.PYTHON, "-m", module, str(directory), records.to_json(asked)]
     process = Process(command, os.environ | environment, "job.log")
     rows = directory / "rows.jsonl"
     report = watch([process], directory, math.inf, rows, total, unit, describe)
@@ -206,9 +209,11 @@ def _bar(total: int, unit: str) -> tqdm:
         "bar_format": "{n_fmt}/{total_fmt} {unit} |{bar:30}| {elapsed}{postfix}",
     }
     if "ipykernel" in sys.modules:
-        return _CellBar(**style, file=io.StringIO(), ascii=False)
-    interactive = sys.stderr.isatty()
-    return tqdm(**style, mininterval=0.1 if interactive else 5, miniters=1 if interactive else max(1, total // 20))
+        # TQDM_DISABLE does not count: a cell that says nothing for long is taken for one that hangs.
+        return _CellBar(**style, file=io.StringIO(), ascii=False, disable=False)
+    stream = sys.stderr or io.StringIO()  # a program without a console has none
+    pace = {"miniters": 1} if stream.isatty() else {"mininterval": 5, "miniters": max(1, total // 20)}
+    return tqdm(**style, **pace, file=stream)
 
 
 class _CellBar(tqdm):

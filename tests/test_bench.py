@@ -246,8 +246,9 @@ def test_the_status_says_whether_losses_agree(loss, status, tmp_path, monkeypatc
     assert ended.value.code == status
 
 
-def test_a_rival_that_fails_says_why(runs):
-    (runs.parent / "torchvision.py").write_text("raise RuntimeError('no eyes')")  # found before the real one
+def test_a_rival_that_fails_says_why(runs, monkeypatch):
+    (runs.parent / "torchvision.py").write_text("raise RuntimeError('no eyes')")
+    monkeypatch.setenv("PYTHONPATH", f"{runs.parent}:{os.environ.get('PYTHONPATH', '')}")  # found before the real one
     with pytest.raises(RunFailed, match=r"torch: rank . failed; the last words(.|\n)*RuntimeError: no eyes"):
         bench(["torch"], **TINY, runs_dir=runs)
     assert not processes_of(runs.parent)

@@ -1,6 +1,7 @@
 """Costs are what layers take, byte for byte and, as far as a clock can tell, second for second."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -236,8 +237,9 @@ def test_a_measurement(runs):
     assert not processes_of(runs.parent)
 
 
-def test_a_measurement_that_fails_says_why(runs):
-    (runs.parent / "torchvision.py").write_text("raise RuntimeError('no eyes')")  # found before the real one
+def test_a_measurement_that_fails_says_why(runs, monkeypatch):
+    (runs.parent / "torchvision.py").write_text("raise RuntimeError('no eyes')")
+    monkeypatch.setenv("PYTHONPATH", f"{runs.parent}:{os.environ.get('PYTHONPATH', '')}")  # found before the real one
     with pytest.raises(RunFailed, match=r"pipetutor.measurement ended with status 1:(.|\n)*RuntimeError: no eyes"):
         measure(runs_dir=runs)
 
