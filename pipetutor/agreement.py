@@ -81,7 +81,7 @@ def agree(plan: Plan | None, refusal: str, options: dict[str, Any], timeout: tim
         launcher=[int(os.environ.get("CROSS_RANK", "0")), os.getppid()],
         refusal=refusal,
         backend=plan.backend if plan else "",
-        options=json.loads(json.dumps(options, default=str)),  # as they will arrive
+        options=json.loads(json.dumps(options, default=str, allow_nan=False)),  # as they will arrive
         lonely=_lonely() if plan and plan.backend == "gloo" and _several_hosts() else "",
     )
     store = None
@@ -197,7 +197,7 @@ def _hear(mine: Word, plan: Plan | None, timeout: timedelta) -> tuple[dict[str, 
             store = TCPStore(name, port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=timeout)
         for connection in waiting:
             with contextlib.suppress(OSError):  # a rank that is gone has said why
-                connection.sendall(json.dumps(answer).encode())
+                connection.sendall(json.dumps(answer, allow_nan=False).encode())
     return answer, store
 
 
@@ -272,7 +272,7 @@ def _ask(mine: Word, timeout: timedelta) -> dict[str, Any]:
 def _takes(connection: socket.socket, word: Word) -> bool:
     """Send a word, and say whether a first rank of this job has taken it."""
     with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(asdict(word)).encode())
+        connection.sendall(json.dumps(asdict(word), allow_nan=False).encode())
         connection.shutdown(socket.SHUT_WR)
         return connection.recv(len(TAKEN)) == TAKEN  # a port above 32767 can connect with itself, and reads the word
     return False

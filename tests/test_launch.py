@@ -303,12 +303,8 @@ def test_a_run_directory_that_holds_another_run_is_refused_and_left_as_it_is(run
 
 def test_a_run_directory_whose_run_came_to_nothing_can_be_given_again(runs):
     quick = ["-s", 1, "--model", "mobilenet_v3_small"]
-    altered = runs / "data" / "synthetic-batches-py"
-    altered.mkdir(parents=True)
-    for name in ("data_batch_1", "test_batch", "batches.meta"):
-        (altered / name).write_text("altered")
-    with pytest.raises(RankFailed, match="is damaged or altered"):
-        train(runs, *quick, "--data-dir", altered.parent)
+    with pytest.raises(RankFailed, match="ragged micro-batch"):
+        train(runs, *quick, "--fault", "ragged:rank=0,step=1")
     assert records.read(runs)["status"] == "failed" and (runs / "failure_rank0.json").exists()
     assert train(runs, *quick).status == "finished" and not (runs / "failure_rank0.json").exists()
 
