@@ -361,10 +361,7 @@ def test_a_kernel_that_is_itself_a_rank_of_something_launches_as_any_other(runs,
     assert len(run.losses) == 1
 
 
-def test_a_failed_run_raises_in_the_cell_that_launched_it(runs):
-    os.environ["DS_ACCELERATOR"] = "no such accelerator"
-    try:
-        with pytest.raises(RunFailed, match="DS_ACCELERATOR must be one of"):
-            launch(steps=1, config=SMALL, runs_dir=runs)
-    finally:
-        del os.environ["DS_ACCELERATOR"]
+def test_a_failed_run_raises_in_the_cell_that_launched_it(runs, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "no such accelerator")
+    with pytest.raises(RunFailed, match="DS_ACCELERATOR must be one of"):
+        launch(steps=1, config=SMALL, runs_dir=runs)

@@ -49,7 +49,9 @@ def run(runs: Path, *codes: str, during=None, lines: int = 1):
 
 
 def supervisor(directory: Path) -> psutil.Process:
-    (found,) = [p for p in processes_of(directory) if "pipetutor.supervise" in " ".join(p.cmdline())]
+    """Return this process's child that supervises; one that it is just starting has the same words for a moment."""
+    words = {child: " ".join(child.cmdline()) for child in psutil.Process().children()}
+    (found,) = [child for child, said in words.items() if "pipetutor.supervise" in said and str(directory) in said]
     return found
 
 
