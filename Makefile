@@ -87,6 +87,7 @@ $(READY): pyproject.toml $(shell test -x $(VENV)/bin/python || echo again)
 		fi
 	@test ! -e $(VENV)/pyvenv.cfg || \
 		find $(VENV) -name '*.dist-info' -prune ! -exec test -e {}/RECORD ';' -exec rm -r {} +
+	@echo "installing into $(VENV): some minutes, and up to 6.5 GB"
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
 	sed -i '1s|^#!.* .*|#!/usr/bin/env python3|' $(VENV)/bin/deepspeed
 	touch $@

@@ -20,7 +20,7 @@ from pipetutor import fetch, machine, records
 from pipetutor.costs import environment
 from pipetutor.kinds import check, list_of, named, whole
 from pipetutor.preflight import check_network
-from pipetutor.watch import Parser, ending_with_a_status, run_job
+from pipetutor.watch import Parser, briefly, ending_with_a_status, run_job
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")
@@ -99,6 +99,7 @@ def _line(row: dict[str, Any]) -> str:
     return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {_verdict(row)}"
 
 
+@briefly
 def certify(
     models: Sequence[str] = MODELS,
     stages: Sequence[int] = (1, 2, 3, 4),

@@ -19,7 +19,7 @@ from pipetutor.kinds import check, list_of, whole
 from pipetutor.partition import Layer, bounds_for, catalog
 from pipetutor.preflight import preflight
 from pipetutor.simulate import Costs
-from pipetutor.watch import Parser, ending_with_a_status, run_job
+from pipetutor.watch import Parser, briefly, ending_with_a_status, run_job
 
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
@@ -205,6 +205,7 @@ def environment(ranks: int) -> dict[str, str]:
     return {name: env[name] for name in names if name in env} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
+@briefly
 def measure(
     model: str = "alexnet",
     micro_batch: int = 8,

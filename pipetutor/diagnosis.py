@@ -65,7 +65,12 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
             rank, error or "\n".join(last), code if not error else None, directory, report.get("oom_kills")
         )
     lines = [head, *filter(None, [why, records.lost_in(directory)]), *_doing(list(beats.values()))]
-    return "\n".join([*lines, f"its last lines, from {log}:", *(f"    {line}" for line in last)])
+    said = (
+        [f"its last lines, from {log}:", *(f"    {line}" for line in last)]
+        if last
+        else [f"it wrote nothing to {log}"]
+    )
+    return "\n".join([*lines, *said])
 
 
 def _is_consequence(failure: dict[str, Any] | None, code: int | None) -> int:
@@ -87,7 +92,7 @@ def _name(code: int) -> str:
 
 
 def _explain(rank: int, said: str, code: int | None, directory: Path, oom_kills: int | None) -> str:
-    """Say what a rank's end means, and what to do, where it ran out of memory or may have; nothing about others.
+    """Say what a rank's end means, and what to do, where it may have run out of memory; nothing about others.
 
     Args:
         rank: who failed first.
@@ -103,8 +108,10 @@ def _explain(rank: int, said: str, code: int | None, directory: Path, oom_kills:
         )
     if _NO_MEMORY.search(said):
         return f"rank {rank} ran out of memory: {SMALLER}"
-    if code != -signal.SIGKILL or _dies_by_request(rank, directory) or oom_kills == 0:
+    if code != -signal.SIGKILL or _dies_by_request(rank, directory):
         return ""
+    if oom_kills == 0:
+        return f"the system did not run out of memory: somebody sent rank {rank} a SIGKILL"
     if oom_kills:
         return f"out of memory: the system's out-of-memory killer ended rank {rank}; {SMALLER}"
     return (
@@ -123,6 +130,9 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     head = f"no step was completed in {report['deadline']:g} s: "
     if absent := set(range(report["ranks"])) - {beat.rank for beat in beats}:
         return "\n".join([f"{head}rank {min(absent)} did not start", *_doing(beats)])
+    if report["stopped"]:
+        who = f"rank {report['stopped'][0]} is stopped, by a SIGSTOP or a debugger; SIGCONT lets a process go on"
+        return "\n".join([f"{head}{who}", *_doing(beats)])
     culprits = heartbeat.culprits(beats)
     members = [(beat, found) for found in culprits for beat in found]
     first, among = min(members, key=lambda member: (member[0].step, member[0].since))

@@ -54,7 +54,12 @@ class Fault:
             rank, step = int(given.pop("rank")), int(given.pop("step"))
             seconds = float(given.pop("seconds", "1")) if kind == "slow" else 1.0
         except (ValueError, KeyError):
-            raise ValueError(f"fault {text!r} needs a rank and a step, in numbers, for example {EXAMPLE}") from None
+            words = (
+                "a rank and a step (slow: seconds, too), in numbers"
+                if kind == "slow"
+                else "a rank and a step, in numbers"
+            )
+            raise ValueError(f"fault {text!r} needs {words}, for example {EXAMPLE}") from None
         if len({name for name, _ in parts}) < len(parts):
             raise ValueError(f"fault {text!r} says something twice; an example is {EXAMPLE}")
         if given:

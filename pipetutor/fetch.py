@@ -23,7 +23,7 @@ from pipetutor import disk
 
 SHARED_DIR = "/tmp/cifar10-data"  # the reference example's
 VARIABLE = "PIPETUTOR_DATA_DIR"  # of the environment, that puts another in its place
-OTHER = "give another data directory (--data-dir)"
+OTHER = f"give another data directory (data_dir, --data-dir or {VARIABLE})"
 CONNECT_SECONDS = 15
 STALL_SECONDS = 20
 

@@ -79,7 +79,7 @@ KINDS = {
     "shares": Kind("two numbers from 0 and below 1", _two_shares, "[0.9, 0.999]"),
     "text": Kind("a string in one line", _is_text),
     "texts": list_of(Kind("a string in one line", _is_text, "'torch.nn.Linear'")),
-    "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value)), "'runs'"),
+    "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value)), "'some/where'"),
     "object": Kind("an object", lambda value: isinstance(value, dict)),
     "unused": Kind("left out: runs here do without it", lambda _: False),
     "an option": Kind("left out: stages and partition are options of a run (-p, --partition)", lambda _: False),

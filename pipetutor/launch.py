@@ -20,7 +20,7 @@ from pipetutor.partition import PROFILE
 from pipetutor.preflight import preflight
 from pipetutor.records import Run
 from pipetutor.supervise import Process
-from pipetutor.watch import RunFailed, watch
+from pipetutor.watch import RunFailed, briefly, watch
 
 # Options of a launch alone, and their kinds, beside those of preflight.OPTIONS.
 OPTIONS = {
@@ -69,6 +69,7 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return env | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+@briefly
 def launch(
     stages: int = 2,
     replicas: int = 1,
@@ -141,7 +142,6 @@ def launch(
     >>> run = launch(stages=2, steps=20)  # doctest: +SKIP
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
     """
-    __tracebackhide__ = True  # by IPython: a learner's cell and the words of the error are enough
     given = locals()
     for name, kind in {"stages": "whole", **OPTIONS}.items():
         check(name, given[name], kind)

@@ -178,7 +178,10 @@ def check_stages(layers: Sequence[Layer], stages: int) -> None:
     """Raise ValueError where the layers cannot give every stage something to train, wherever they are cut."""
     weighted = sum(layer.parameters > 0 for layer in layers)
     if stages > len(layers):
-        raise ValueError(f"{stages} stages, but the model has {len(layers)} layers: use 1 to {weighted} stages")
+        raise ValueError(
+            f"{stages} stages, but the model has {len(layers)} layers, {weighted} of them with weights: use 1 to "
+            f"{weighted} stages"
+        )
     if stages > weighted:
         raise ValueError(
             f"{stages} stages, but only {weighted} of the model's {len(layers)} layers have weights, and a stage "

@@ -218,7 +218,8 @@ def preflight(
         if done == steps and eval_every is None:
             raise ValueError(
                 f"nothing is left to do: the checkpoint stands after step {done}, and steps is {steps}, counted from "
-                f"the first run's start; give it at least {done + 1}, or evaluate the checkpoint (eval_every=1)"
+                f"the first run's start; give it at least {done + 1}, or evaluate the checkpoint (eval_every=1, "
+                "--eval-every 1)"
             )
     if chosen == "gloo" and not half and local_ranks == ranks and done < steps:
         _check_memory(model, sum(layer.parameters for layer in layers), config, zero_stage, batch.replicas)
@@ -280,7 +281,7 @@ def _other_numbers(ranks: int, stages: int) -> str:
     """Say which numbers of ranks, and of stages, would do."""
     less = [stages * (ranks // stages)] if ranks > stages else []
     more = " or ".join(map(str, [*less, stages * (ranks // stages + 1)]))
-    fitting = ", ".join(str(number) for number in range(1, stages) if ranks % number == 0)
+    fitting = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
     return (
         f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {stages} stages: start {more} ranks "
         f"(deepspeed --num_gpus N), or use another number of stages (-p): {fitting}"

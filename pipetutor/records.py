@@ -134,7 +134,7 @@ def held(directory: Path) -> str:
         found.append(f"checkpoint {saved[-1]}")
     if not found and status in ("starting", "failed", "interrupted"):
         return ""
-    return ", ".join([f"status {status}", *found])
+    return ", ".join([f"status {status}{', unless it was killed' * (status == 'running')}", *found])
 
 
 def forget(directory: Path, rank: int, ranks: int) -> None:

@@ -135,6 +135,13 @@ def _start(process: Process, directory: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
 def supervise(
     processes: Sequence[Process], directory: Path, deadline: float, given_up: Callable[[float], bool]
 ) -> dict[str, Any]:
@@ -149,8 +156,9 @@ def supervise(
     Returns:
         ``code``: 0 where every process was seen to end with it, else the code of the first that ended badly, None if
         none did; ``cancelled``; ``ended``: the ranks in the order in which they ended, with pid, time and exit code;
-        ``deadline``; ``ranks``, the count; ``oom_kills``: how many processes the system has killed meanwhile for want
-        of memory, None where it does not tell; and ``stalled``: every rank's last heartbeat, or None if it did not.
+        ``deadline``; ``ranks``, the count; ``stopped``: the ranks that a signal had stopped when the run stalled;
+        ``oom_kills``: how many processes the system has killed meanwhile for want of memory, None where it does not
+        tell; and ``stalled``: every rank's last heartbeat, or None if it did not.
 
     Raises:
         OSError: one of them cannot be started.
@@ -170,7 +178,9 @@ def supervise(
         if failed and end == float("inf"):
             end = time.monotonic() + GRACE_SECONDS
         stalled = None if failed else progress.stalled()
+    stopped = []
     if stalled is not None:
+        stopped = [rank for rank, child in running.items() if _is_stopped(child.pid)]
         beating = {beat.rank for beat in stalled}
         heartbeat.ask_for_stacks(directory, {rank: child.pid for rank, child in running.items() if rank in beating})
     kill_descendants()
@@ -178,10 +188,17 @@ def supervise(
     code = 0 if len(ended) == len(processes) and bad is None else bad
     if records.read(directory).get("status") != "finished" or code != 0:
         records.close(directory, "interrupted" if cancelled else "failed")
-    report = {"code": code, "cancelled": cancelled, "ended": ended, "deadline": deadline, "ranks": len(processes)}
     more = machine.oom_kills()
-    report["oom_kills"] = None if more is None or killed is None else more - killed
-    return report | {"stalled": None if stalled is None else [asdict(beat) for beat in stalled]}
+    return {
+        "code": code,
+        "cancelled": cancelled,
+        "ended": ended,
+        "deadline": deadline,
+        "ranks": len(processes),
+        "stopped": stopped,
+        "oom_kills": None if more is None or killed is None else more - killed,
+        "stalled": None if stalled is None else [asdict(beat) for beat in stalled],
+    }
 
 
 class Attention:

@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from pipetutor import machine, records
 from pipetutor.supervise import Process
 
 SUPERVISOR_SECONDS = 10
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class RunFailed(RuntimeError):
@@ -36,6 +39,20 @@ class RunFailed(RuntimeError):
     def __init__(self, message: str, directory: Path | None = None):
         super().__init__(message)
         self.directory = directory
+
+
+def briefly(function: Callable[P, T]) -> Callable[P, T]:
+    """Have IPython show a learner's cell and the words alone, where a function refuses, fails or is interrupted."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        __tracebackhide__ = True  # IPython leaves this frame out, and there are no others
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, RunFailed, KeyboardInterrupt) as error:
+            raise error.with_traceback(None) from None
+
+    return call
 
 
 def watch(
@@ -66,7 +83,6 @@ def watch(
             the place where the interrupt came.
         RunFailed: a process could not be started, or the supervisor is gone or does not end.
     """
-    __tracebackhide__ = True  # by IPython
     asked = {"processes": [asdict(process) for process in processes], "deadline": deadline}
     supervisor = subprocess.Popen(
         [*machine.PYTHON, "-c", "from pipetutor.supervise import main; main()", str(directory), str(os.getpid())],
@@ -153,7 +169,6 @@ def run_job(
     Raises:
         RunFailed: it ended with another status than 0; the message has its last lines.
     """
-    __tracebackhide__ = True  # by IPython
     (directory / "logs").mkdir()
     command = [*machine.PYTHON, "-m", module, str(directory), records.to_json(asked)]
     process = Process(command, os.environ | environment, "job.log")
@@ -184,7 +199,8 @@ def ending_with_a_status() -> Iterator[None]:
     except (ValueError, RunFailed) as error:
         print(f"pipetutor: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        print(f"pipetutor: {error or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 

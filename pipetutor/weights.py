@@ -15,6 +15,8 @@ from pipetutor.checkpoint import CheckpointError
 from pipetutor.kinds import check
 from pipetutor.watch import Parser, ending_with_a_status
 
+NEEDED = "give a file that torch.save(model.state_dict(), file) or pipetutor.weights wrote"
+
 
 def export(path: str | Path, file: str | Path) -> None:
     """Write a checkpoint's weights as a plain torchvision ``state_dict``.
@@ -61,12 +63,14 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"weights {file}: {error.strerror or error}") from None
+        raise CheckpointError(f"weights {file}: {error.strerror or error}; {NEEDED}") from None
     except Exception as error:  # torch raises several kinds, for what is no archive and for what it will not execute
         kind = type(error).__name__
-        raise CheckpointError(f"weights {file} is not a state_dict that holds tensors alone ({kind})") from None
+        raise CheckpointError(
+            f"weights {file} is not a state_dict that holds tensors alone ({kind}); {NEEDED}"
+        ) from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"weights {file} is not a state_dict, but a {type(found).__name__}")
+        raise CheckpointError(f"weights {file} is not a state_dict, but a {type(found).__name__}; {NEEDED}")
     wanted = model.state_dict()
     shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in found.items()}
     kind = type(model).__name__

@@ -248,6 +248,8 @@ def test_an_interrupt_leaves_nothing_running(runs):
     runs.parent.mkdir(exist_ok=True)
     kernel = subprocess.Popen(
         [sys.executable, "-m", "pipetutor.costs", "--runs-dir", str(runs)],
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     try:
@@ -256,7 +258,9 @@ def test_an_interrupt_leaves_nothing_running(runs):
             lambda: sum("pipetutor.measurement" in " ".join(p.cmdline()) for p in processes_of(runs)) == 3, 100
         )
         kernel.send_signal(signal.SIGINT)
-        assert kernel.wait(20) == 130
+        _, said = kernel.communicate(timeout=20)
+        assert kernel.returncode == 130
+        assert said.endswith("-costs is interrupted, and all its processes have ended\n")
     finally:
         kernel.kill()
         kernel.wait()

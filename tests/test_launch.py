@@ -1,5 +1,6 @@
 """Real runs: what they compute, how they fail, and that nothing of them stays."""
 
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import pytest
 from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train
 
 from pipetutor import Run, RunFailed, launch, records
+from pipetutor.certify import certify
+from pipetutor.costs import measure
 from pipetutor.launch import free_port
 from pipetutor.records import STEPS, read_lines
 
@@ -265,6 +268,29 @@ def deepspeed(*arguments, cwd, ranks=None, timeout=HANGS):
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_in_a_terminal_says_so_in_its_record(runs, number):
+    (runs.parent / "small.json").write_text(json.dumps(SMALL_SGD))
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+    command += ["--module", "pipetutor.train", "-s", "10000", "--model", "mobilenet_v3_small", "--run-dir", "ended"]
+    terminal = subprocess.Popen(
+        [*command, "--deepspeed_config", "small.json"],
+        cwd=runs.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_until(lambda: list(read_lines(runs.parent / "ended" / STEPS)))
+    os.killpg(terminal.pid, number)
+    said, _ = terminal.communicate(timeout=HANGS)
+    wait_until(lambda: not processes_of(runs.parent))
+    record = records.read(runs.parent / "ended")
+    assert record["status"] == "interrupted" and record["done"] >= 1
+    assert "[rank" not in said, "ranks end in silence"
+
+
 def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs):
     done = deepspeed("-p", "2", "--save-every", "1", cwd=runs.parent, ranks=2)
     lines = [line for line in done.stderr.splitlines() if "pipetutor:" in line]
@@ -359,6 +385,17 @@ def test_a_kernel_that_is_itself_a_rank_of_something_launches_as_any_other(runs,
         monkeypatch.setenv(name, value)
     run = launch(stages=2, steps=1, model="mobilenet_v3_small", config=SMALL, runs_dir=runs)
     assert len(run.losses) == 1
+
+
+@pytest.mark.parametrize("function", [launch, measure, certify])
+def test_ipython_shows_a_learners_cell_and_the_words_alone(function):
+    """It leaves out frames that have __tracebackhide__; below it stand none."""
+    with pytest.raises(ValueError, match="runs_dir is 7, but must be a path") as caught:
+        function(runs_dir=7)
+    mine, hidden = caught.traceback
+    assert mine.name == "test_ipython_shows_a_learners_cell_and_the_words_alone"
+    assert hidden.frame.f_locals["__tracebackhide__"] and caught.value.__suppress_context__
+    assert list(inspect.signature(function).parameters)[-1] in ("runs_dir", "data_dir")
 
 
 def test_a_failed_run_raises_in_the_cell_that_launched_it(runs, monkeypatch):

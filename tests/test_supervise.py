@@ -23,7 +23,7 @@ from pipetutor.watch import RunFailed, watch
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
 
-def run(runs: Path, *codes: str, during=None, lines: int = 1):
+def run(runs: Path, *codes: str, during=None, lines: int = 1, deadline: float = 300):
     """Watch a process for each of these programs, and do something once the first of them has spoken."""
     directory = records.create(runs, "watched")
     (directory / "logs").mkdir()
@@ -41,7 +41,9 @@ def run(runs: Path, *codes: str, during=None, lines: int = 1):
     if during:
         thread.start()
     try:
-        return directory, watch(processes, directory, 300, directory / "lines.jsonl", lines, "lines", lambda line: "")
+        return directory, watch(
+            processes, directory, deadline, directory / "lines.jsonl", lines, "lines", lambda line: ""
+        )
     finally:
         if during:
             thread.join()
@@ -75,6 +77,18 @@ def damage(directory: Path, _: str) -> None:
 def test_an_error_inside_the_supervisor_ends_the_ranks_and_is_told(runs):
     with pytest.raises(RunFailed, match=r"watched failed: .*JSONDecodeError: Expecting property name"):
         run(runs, SLEEP, SLEEP, during=damage)
+
+
+def test_a_process_that_a_signal_has_stopped_is_told_from_one_that_waits(runs):
+    """Both have begun a step, and no stack comes from either that would tell."""
+    training = (
+        "import os, signal, sys; from pathlib import Path; from pipetutor.heartbeat import Heartbeat\n"
+        "Heartbeat(Path(sys.argv[1]), {rank}).enter('training', 1)\n"
+        "os.kill(os.getpid(), signal.{number}); signal.pause()"
+    )
+    codes = [training.format(rank=rank, number=number) for rank, number in enumerate(("SIGCONT", "SIGSTOP"))]
+    _, report = run(runs, *codes, deadline=3)
+    assert report["stopped"] == [1] and [beat["step"] for beat in report["stalled"]] == [1, 1]
 
 
 def test_what_cannot_be_started_is_told(runs):

@@ -131,7 +131,9 @@ def test_data_is_where_the_user_says(runs, command):
     env = os.environ | {"PIPETUTOR_DATA_DIR": "/dev/null/none", "XDG_CACHE_HOME": str(runs.parent / "cache")}
     run = [sys.executable, "-m", *f"pipetutor.{command}".split()]
     refused = subprocess.run(run, cwd=runs.parent, env=env, capture_output=True, text=True, timeout=HANGS)
-    assert refused.returncode == 2 and refused.stderr.endswith("give another data directory (--data-dir)\n")
+    assert refused.returncode == 2 and refused.stderr.endswith(
+        "give another data directory (data_dir, --data-dir or PIPETUTOR_DATA_DIR)\n"
+    )
     given = [*run, "--data-dir", "my data"]
     done = subprocess.run(given, cwd=runs.parent, env=env, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
