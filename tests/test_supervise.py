@@ -145,6 +145,7 @@ def test_a_child_that_the_kernel_forks_meanwhile_keeps_no_rank_alive(runs, end):
         assert child.is_running()
     finally:
         child.kill()
+        child.wait(HANGS)
         kernel.stdout.close()
     record = json.loads(next(runs.glob("*/run.json")).read_text())
     assert record["status"] == "interrupted"
