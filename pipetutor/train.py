@@ -298,13 +298,15 @@ def _end_when_asked(record: Path | None) -> None:
     """
     asked, told = os.pipe()
     os.set_blocking(told, False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ends = (signal.SIGINT, signal.SIGTERM)
+    for number in ends:
         if signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background
             signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(told)
 
     def end() -> None:
-        os.read(asked, 1)
+        while os.read(asked, 1)[0] not in ends:  # every signal that Python handles comes here, of a child's end, too
+            pass
         if record:
             records.close(record, "failed" if records.read_failures(record) else "interrupted")
         os._exit(130)

@@ -268,6 +268,20 @@ def deepspeed(*arguments, cwd, ranks=None, timeout=HANGS):
     )
 
 
+def hear_of_children():
+    """As torch's DataLoader does once it has workers; and with each step a child of the rank ends."""
+    from pipetutor import loop
+
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    write = loop.records.StepWriter.write
+    loop.records.StepWriter.write = lambda self, *step: (subprocess.run(["true"], check=True), write(self, *step))
+
+
+def test_only_a_signal_that_asks_a_rank_to_end_ends_it(runs):
+    run = train(runs, "-s", 2, "--model", "mobilenet_v3_small", patch=hear_of_children)
+    assert run.status == "finished" and len(run.losses) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_ended_in_a_terminal_says_so_in_its_record(runs, number):
     (runs.parent / "small.json").write_text(json.dumps(SMALL_SGD))
