@@ -50,11 +50,6 @@ def memory() -> Memory:
     return Memory(total, max(0, min([host.available, *(limit - used for limit, used in limits)])))
 
 
-def oom_kills() -> int | None:
-    """Return how many processes the kernel has killed here for want of memory; see ``cgroups``."""
-    return cgroups.oom_kills()
-
-
 def cpu_name() -> str:
     """Return the CPU's name as Linux gives it, or its architecture where it gives none, as on ARM."""
     found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -24,6 +24,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from typing import Any
 
 import psutil
 
-from pipetutor import heartbeat, machine, records
+from pipetutor import cgroups, heartbeat, records
 
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -93,6 +94,32 @@ def end_with(parent: int) -> None:
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it was gone already
         os._exit(1)
+
+
+def end_when_asked(record: Path | None) -> None:
+    """Have Ctrl-C and SIGTERM end this process, a rank, at once, in silence, also while it waits for another one.
+
+    Python's own handlers wait until a call into C returns; a byte in a pipe does not.
+
+    Args:
+        record: the run directory, whose record is closed then; None where another rank does that.
+    """
+    asked, told = os.pipe()
+    os.set_blocking(told, False)
+    ends = (signal.SIGINT, signal.SIGTERM)
+    for number in ends:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(told)
+
+    def end() -> None:
+        while os.read(asked, 1)[0] not in ends:  # every signal that Python handles comes here, of a child's end, too
+            pass
+        if record:
+            records.close(record, "failed" if records.read_failures(record) else "interrupted")
+        os._exit(130)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 class Progress:
@@ -163,7 +190,7 @@ def supervise(
     Raises:
         OSError: one of them cannot be started.
     """
-    progress, killed = Progress(directory, len(processes), deadline), machine.oom_kills()
+    progress, killed = Progress(directory, len(processes), deadline), cgroups.oom_kills()
     end, cancelled = float("inf"), False
     stalled: list[heartbeat.Beat] | None = None
     running = {rank: _start(process, directory) for rank, process in enumerate(processes)}
@@ -188,7 +215,7 @@ def supervise(
     code = 0 if len(ended) == len(processes) and bad is None else bad
     if records.read(directory).get("status") != "finished" or code != 0:
         records.close(directory, "interrupted" if cancelled else "failed")
-    more = machine.oom_kills()
+    more = cgroups.oom_kills()
     return {
         "code": code,
         "cancelled": cancelled,

@@ -11,9 +11,7 @@ import hashlib
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +39,7 @@ from pipetutor.machine import cpu_cores, gpus, versions
 from pipetutor.partition import METHODS, PROFILE
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
 from pipetutor.schedules import SCHEDULES
+from pipetutor.supervise import end_when_asked
 from pipetutor.trace import Recorder
 from pipetutor.watch import Parser, RunFailed
 from pipetutor.weights import load_weights
@@ -288,32 +287,6 @@ def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
     records.write_json(args.run_dir / "run.json", about | plan.record())
 
 
-def _end_when_asked(record: Path | None) -> None:
-    """Have Ctrl-C and SIGTERM end this rank at once, in silence, also while it waits for another one.
-
-    Python's own handlers wait until a call into C returns; a byte in a pipe does not.
-
-    Args:
-        record: the run directory, whose record is closed then; None where another rank does that.
-    """
-    asked, told = os.pipe()
-    os.set_blocking(told, False)
-    ends = (signal.SIGINT, signal.SIGTERM)
-    for number in ends:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background
-            signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(told)
-
-    def end() -> None:
-        while os.read(asked, 1)[0] not in ends:  # every signal that Python handles comes here, of a child's end, too
-            pass
-        if record:
-            records.close(record, "failed" if records.read_failures(record) else "interrupted")
-        os._exit(130)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
 def _unlaunched() -> list[str]:
     """Return what a launcher would have set in the environment, and is not there."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -393,7 +366,7 @@ def main() -> None:
             say(line)
         if args.run_dir and rank == 0:
             _begin_record(args, plan)
-        _end_when_asked(args.run_dir if rank == 0 else None)
+        end_when_asked(args.run_dir if rank == 0 else None)
         if stages:
             train_pipe(args, ",".join(map(str, plan.bounds)))
         else:

@@ -41,7 +41,7 @@ def test_nothing_limits_a_machine_without_groups(fake):
     fake([], [], {})
     assert machine.cpu_cores() == 64
     assert machine.memory() == (256 * GIGABYTE, 200 * GIGABYTE)
-    assert machine.oom_kills() is None, "nothing counts them"
+    assert cgroups.oom_kills() is None, "nothing counts them"
 
 
 def test_the_least_limit_of_nested_groups_counts(fake):
@@ -60,7 +60,7 @@ def test_the_least_limit_of_nested_groups_counts(fake):
     fake([V2], ["0::/jobs/17"], files)
     assert machine.cpu_cores() == 2
     assert machine.memory() == (8 * GIGABYTE, 3 * GIGABYTE)
-    assert machine.oom_kills() == 2
+    assert cgroups.oom_kills() == 2
 
 
 def test_inside_a_container_its_own_group_is_the_top(fake):
@@ -92,7 +92,7 @@ def test_version_1_counts_however_the_container_sees_it(fake, top, group):
     fake(mounts, [f"5:cpuacct,cpu:{group}", f"4:memory:{group}", "0::/"], files)
     assert machine.cpu_cores() == 1
     assert machine.memory() == (4 * GIGABYTE, 2 * GIGABYTE)
-    assert machine.oom_kills() == 1
+    assert cgroups.oom_kills() == 1
 
 
 def test_no_limit_of_version_1_is_none(fake):
@@ -127,7 +127,7 @@ def test_the_machine_is_described_as_the_container_that_it_is(fake):
     assert found["memory"][0] == "3 GiB" and "container" in found["memory"][1]
 
 
-HERE = "import os, subprocess, sys\nfrom pipetutor import machine\nbefore = machine.oom_kills()\n"
+HERE = "import os, subprocess, sys\nfrom pipetutor import cgroups, machine\nbefore = cgroups.oom_kills()\n"
 GREEDY = [sys.executable, "-c", "bytearray(400 * 2**20)"]
 
 
@@ -173,7 +173,7 @@ def group():
 def test_a_real_group_is_read(group):
     script = f"""{HERE}
 status = subprocess.run({GREEDY}).returncode
-print(machine.cpu_cores(), machine.memory().total, machine.memory().free, status, machine.oom_kills() - before)
+print(machine.cpu_cores(), machine.memory().total, machine.memory().free, status, cgroups.oom_kills() - before)
 """
     cores, total, free, status, killed = map(int, group(script))
     assert cores == 1 and total == 200 * 2**20 and 50 * 2**20 < free < total
