@@ -68,7 +68,7 @@ prove: $(READY)
 	$(VENV)/bin/python -m pytest -m slow -s
 
 bench: $(READY)
-	$(VENV)/bin/python -m pipetutor.bench
+	$(VENV)/bin/python -m benchmarks
 
 clean:
 	rm -rf build runs notebooks/runs .pytest_cache .ruff_cache .mypy_cache

@@ -9,7 +9,7 @@ Importing this package loads neither torch nor DeepSpeed.
 import os
 import sys
 
-from pipetutor.machine import prepare_rank
+from pipetutor.processes.environment import prepare_rank
 
 if not __debug__:
     raise ImportError(
@@ -22,7 +22,7 @@ os.environ["OMP_PROC_BIND"] = "false"
 if "LOCAL_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
     prepare_rank(os.environ, sys.argv)
 
-from pipetutor.launch import RunFailed, launch
-from pipetutor.records import Run
+from pipetutor.core.records import Run
+from pipetutor.launcher import RunFailed, launch
 
 __all__ = ["Run", "RunFailed", "launch"]

@@ -12,15 +12,15 @@ from typing import Any
 
 import psutil
 
-from pipetutor import checkpoint, machine
-from pipetutor.batch import Batch, batch_arithmetic
-from pipetutor.bubble import idle_share
-from pipetutor.config import OBJECTS, dtype_of, half_precision
-from pipetutor.faults import Fault
-from pipetutor.kinds import KINDS, Kind, check
-from pipetutor.machine import Gpus
-from pipetutor.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
-from pipetutor.schedules import SCHEDULES
+from pipetutor.core import checkpoint
+from pipetutor.core.batch import Batch, batch_arithmetic
+from pipetutor.core.config import OBJECTS, dtype_of, half_precision
+from pipetutor.core.partition import METHODS, PROFILE, bounds_for, catalog, check_stages
+from pipetutor.processes.faults import Fault
+from pipetutor.schedule.orders import SCHEDULES, idle_share
+from pipetutor.system import machine
+from pipetutor.system.gpus import Gpus
+from pipetutor.system.kinds import KINDS, Kind, check
 
 DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")
@@ -30,7 +30,7 @@ SLOW = (
     "this processor has no instructions for numbers of 16 bits, and a step can take two to twenty times as long as "
     "in fp32; dtype='fp32' (--dtype fp32) is the way round"
 )
-OPTIONS: dict[str, Any] = {  # of every run, and their kinds; see pipetutor.kinds
+OPTIONS: dict[str, Any] = {  # of every run, and their kinds; see pipetutor.system.kinds
     "ranks": "count",
     "stages": "whole",
     "steps": "count",
@@ -60,7 +60,7 @@ class Plan:
         stages: pipeline stages P; 0 for the data-parallel baseline.
         batch: the batch arithmetic.
         bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline, and for ``profile`` until
-            ``pipetutor.profile.cut`` has chosen them.
+            ``pipetutor.costs.profile.cut`` has chosen them.
         layers: class name of each layer; empty for the baseline.
         backend: ``nccl`` or ``gloo``.
         engine: ``deepspeed`` or ``torch``.
@@ -132,7 +132,7 @@ def preflight(
         steps: train batches to run.
         model: a model of ``partition.catalog()``.
         dataset: ``cifar10`` or ``synthetic``.
-        partition: see ``partition.bounds_for``; ``profile`` is checked, and left to ``pipetutor.profile.cut``.
+        partition: see ``partition.bounds_for``; ``profile`` is checked, and left to ``pipetutor.costs.profile.cut``.
         config: a whole DeepSpeed config, from ``read_config``.
         backend: ``nccl``, ``gloo`` or None: nccl where CUDA can serve every rank, else gloo.
         gpus: the CUDA devices that ranks on this host can use.
@@ -143,7 +143,7 @@ def preflight(
         save_every: steps between checkpoints, or None for no checkpoint.
         resume: a checkpoint, or a run directory, to go on from.
         weights: a ``state_dict`` file to start from.
-        fault: a fault to inject; see ``pipetutor.faults``.
+        fault: a fault to inject; see ``pipetutor.processes.faults``.
         transforms: ``batched`` or ``pil``.
         engine: ``deepspeed`` or ``torch``.
         schedule: a name of ``schedules.SCHEDULES``.

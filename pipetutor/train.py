@@ -23,25 +23,30 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 from torch import nn
 
-from pipetutor import checkpoint, disk, faults, fetch, profile, records
-from pipetutor.agreement import Refused, agree
-from pipetutor.batch import explain
-from pipetutor.config import DTYPES, read_config
-from pipetutor.data import cifar_testset, cifar_trainset
-from pipetutor.engine import data_parallel, pipeline, release_inputs, say
-from pipetutor.fetch import DATA_DIR, DATA_DIR_HELP, DataError
-from pipetutor.heartbeat import Heartbeat
-from pipetutor.kinds import check, whole
-from pipetutor.launch import free_port
-from pipetutor.layers import build, join_layers
-from pipetutor.loop import Loop
-from pipetutor.machine import cpu_cores, gpus, versions
-from pipetutor.partition import METHODS, PROFILE
+from pipetutor.core import checkpoint, records
+from pipetutor.core.batch import explain
+from pipetutor.core.config import DTYPES, read_config
+from pipetutor.core.engine import data_parallel, pipeline, release_inputs, say
+from pipetutor.core.layers import build, join_layers
+from pipetutor.core.loop import Loop
+from pipetutor.core.partition import METHODS, PROFILE
+from pipetutor.costs import profile
+from pipetutor.data import fetch
+from pipetutor.data.fetch import DATA_DIR, DATA_DIR_HELP, DataError
+from pipetutor.data.loader import cifar_testset, cifar_trainset
 from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
-from pipetutor.schedules import SCHEDULES
-from pipetutor.supervise import end_when_asked
-from pipetutor.trace import Recorder
-from pipetutor.watch import Parser, RunFailed
+from pipetutor.processes import faults
+from pipetutor.processes.agreement import Refused, agree
+from pipetutor.processes.environment import free_port
+from pipetutor.processes.heartbeat import Heartbeat
+from pipetutor.processes.supervise import end_when_asked
+from pipetutor.processes.watch import Parser, RunFailed
+from pipetutor.schedule.orders import SCHEDULES
+from pipetutor.system import disk
+from pipetutor.system.gpus import gpus
+from pipetutor.system.kinds import check, whole
+from pipetutor.system.machine import cpu_cores, versions
+from pipetutor.tracing.trace import Recorder
 from pipetutor.weights import load_weights
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
@@ -212,7 +217,7 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     deepspeed.runtime.utils.set_random_seed(args.seed)
     recorder, config = _recorder(args), read_config(args.deepspeed_config, args.dtype)
     if args.engine == "torch":
-        from pipetutor.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
+        from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
 
         bounds = [int(bound) for bound in part.split(",")]
         engine = TorchPipeline(_model(args), args.schedule, bounds, config, args.recompute)

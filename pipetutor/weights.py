@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipetutor import checkpoint, disk
-from pipetutor.checkpoint import CheckpointError
-from pipetutor.kinds import check
-from pipetutor.watch import Parser, ending_with_a_status
+from pipetutor.core import checkpoint
+from pipetutor.core.checkpoint import CheckpointError
+from pipetutor.processes.watch import Parser, ending_with_a_status
+from pipetutor.system import disk
+from pipetutor.system.kinds import check
 
 NEEDED = "give a file that torch.save(model.state_dict(), file) or pipetutor.weights wrote"
 

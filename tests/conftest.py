@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from pipetutor import Run
-from pipetutor.config import read_config
-from pipetutor.launch import free_port
+from pipetutor.core.config import read_config
+from pipetutor.processes.environment import free_port
 
 HANGS = 600.0  # seconds: generous, for a slow machine with other work; only what hangs takes longer
 SMALL = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2}
@@ -39,7 +39,7 @@ for _name, _value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "THP_MEM_
     os.environ.setdefault(_name, _value)
 os.environ["JUPYTER_PATH"] = str(Path(__file__).parents[1] / "tools" / "jupyter")  # whose kernel is this Python
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pipetutor.train", "pipetutor.proof"])
+_FORKS.set_forkserver_preload(["pipetutor.train", "pipetutor.certify.proof"])
 
 
 def pytest_configure():
@@ -67,6 +67,16 @@ def runs(tmp_path, monkeypatch):
     for process in left:
         process.kill()
     assert not left, f"left running: {left}"
+
+
+def wait_until(condition, seconds=HANGS):
+    """Wait for something that other processes do; fail when it does not come."""
+    done = threading.Event()
+    for _ in range(int(seconds * 10)):
+        if result := condition():
+            return result
+        done.wait(0.1)
+    raise AssertionError(f"not within {seconds} s: {condition}")
 
 
 class RankFailed(AssertionError):

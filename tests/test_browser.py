@@ -16,13 +16,12 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from conftest import processes_of
+from conftest import processes_of, wait_until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Locator, Page, expect, sync_playwright
-from test_launch import wait_until
 
 import build_html
-from pipetutor.launch import free_port
+from pipetutor.processes.environment import free_port
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(3600)]
 

@@ -17,12 +17,18 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipetutor import bench, certify, config, costs, fetch, launch, machine, records
-from pipetutor.config import read_config
-from pipetutor.kinds import shown
-from pipetutor.launch import OPTIONS as LAUNCHED
-from pipetutor.machine import Gpus
+from benchmarks import bench
+from pipetutor import launch
+from pipetutor.certify import certificate
+from pipetutor.core import config, records
+from pipetutor.core.config import read_config
+from pipetutor.costs import measure as costs
+from pipetutor.data import fetch
+from pipetutor.launcher import OPTIONS as LAUNCHED
 from pipetutor.preflight import DATASET_SIZES, OPTIONS, preflight
+from pipetutor.system import machine
+from pipetutor.system.gpus import Gpus
+from pipetutor.system.kinds import shown
 from pipetutor.train import get_args, make_plan
 from pipetutor.weights import export
 
@@ -74,7 +80,7 @@ def exported(paths):
 
 
 def certified(options):
-    return certify.certify(**options)
+    return certificate.certify(**options)
 
 
 def benched(options):
@@ -710,6 +716,6 @@ def test_bf16_is_native_where_there_are_instructions(monkeypatch, mkldnn, onednn
 
 
 def test_data_set_sizes_are_those_of_the_data_sets():
-    from pipetutor import synthetic
+    from pipetutor.data import synthetic
 
     assert DATASET_SIZES["synthetic"] == synthetic.TRAIN

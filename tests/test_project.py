@@ -9,7 +9,7 @@ import pytest
 
 import course
 import pipetutor
-from pipetutor import machine
+from pipetutor.system import machine
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

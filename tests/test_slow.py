@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HANGS, SMALL, processes_of, train
-from test_launch import deepspeed, ranks_of, script, wait_until
+from conftest import HANGS, SMALL, processes_of, train, wait_until
+from test_launcher import deepspeed, ranks_of, script
 
-from pipetutor import Run, checkpoint, launch
-from pipetutor.records import STEPS, read_lines
+from pipetutor import Run, launch
+from pipetutor.core import checkpoint
+from pipetutor.core.records import STEPS, read_lines
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

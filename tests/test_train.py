@@ -54,9 +54,10 @@ def note_what_is_read():
     """25 images: 6 micro-batches of 4 and a ragged one a pass. Each rank notes the images that it trains on."""
     from pathlib import Path
 
-    from pipetutor import data, loop
+    from pipetutor.core import loop
+    from pipetutor.data import loader
 
-    whole, full = data.load, loop._full
+    whole, full = loader.load, loop._full
 
     def cut(*args):
         found = whole(*args)
@@ -70,7 +71,7 @@ def note_what_is_read():
                 file.write(json.dumps(numbers.tolist()) + "\n")
             yield [images, numbers % 10]
 
-    data.load, loop._full = cut, noted
+    loader.load, loop._full = cut, noted
 
 
 def read(directory, rank):

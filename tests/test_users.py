@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import HANGS
 
-from pipetutor import fetch
+from pipetutor.data import fetch
 
 PATH = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])
 CLOSED, READ_ONLY = 0o000, 0o555  # to an ordinary user, whoever owns it
@@ -56,7 +56,7 @@ def test_a_user_for_whom_the_shared_data_is_of_no_use_has_a_directory_of_their_o
     (place / "hidden" / fetch.FILES["cifar10"].folder).chmod(CLOSED)
     good, bad = ["not there", "mine", "whole"], ["closed", "half", "hidden"]
     found = as_user(
-        place, f"from pipetutor.fetch import own_dir\nfor name in {good + bad}: print(own_dir('../' + name))"
+        place, f"from pipetutor.data.fetch import own_dir\nfor name in {good + bad}: print(own_dir('../' + name))"
     )
     assert found == [*(f"../{name}" for name in good), *(f"../{name}-{os.getuid()}" for name in bad)]
 
@@ -80,7 +80,10 @@ REFUSED = {
 }
 CALL = """
 from pathlib import Path
-from pipetutor import checkpoint, config, costs, fetch, records, weights
+from pipetutor import weights
+from pipetutor.core import checkpoint, config, records
+from pipetutor.costs import measure as costs
+from pipetutor.data import fetch
 weights.checkpoint.load_tensors = weights.checkpoint.stored_tensors = lambda path, *tensors: {{}}
 for call in {calls}:
     try:
@@ -111,7 +114,7 @@ def test_what_belongs_to_another_user_is_refused_by_name(place):
 def test_costs_are_kept_where_the_user_can_write(place, home):
     """A user whom the machine does not know, as in a container with any uid, has no home."""
     unknown = "import pathlib\ndef home(): raise RuntimeError('no home')\npathlib.Path.home = home\n"
-    script = unknown * (home == "unknown") + "from pipetutor import profile\nprint(profile.home())"
+    script = unknown * (home == "unknown") + "from pipetutor.costs import profile\nprint(profile.home())"
     (found,) = as_user(place, script, home)
     elsewhere = Path(tempfile.gettempdir(), f"pipetutor-{os.getuid()}")
     assert Path(found) == (place / "own" / ".cache" / "pipetutor" if home == "own" else elsewhere)

@@ -48,8 +48,8 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 import course
-from pipetutor import disk
-from pipetutor.supervise import adopt_orphans, descendants, end_with, kill_descendants, reap
+from pipetutor.processes.supervise import adopt_orphans, descendants, end_with, kill_descendants, reap
+from pipetutor.system import disk
 
 JUPYTER = course.ROOT / "tools" / "jupyter"  # its kernel python3 is this Python, whatever the user's is
 KERNEL_SECONDS = 600  # for a kernel to start, and for its last output to come once it says that a cell has ended

@@ -1,0 +1,1 @@
+"""How fast is it? The bench and its rivals; nothing of ``pipetutor`` imports them."""

@@ -1,0 +1,1 @@
+"""The proof that a pipeline computes what one process computes."""

@@ -1,0 +1,5 @@
+"""``python -m pipetutor.certify``: the certificate."""
+
+from pipetutor.certify.certificate import main
+
+main()

@@ -1,0 +1,193 @@
+"""The certificate: see that the pipeline computes what one process computes.
+
+    python -m pipetutor.certify
+
+Each row compares DeepSpeed's pipeline with a plain PyTorch loop: every initial weight, every gradient, every
+updated parameter, every loss. The last rows are controls: pipelines that are made wrong on purpose, which the
+comparison must find out. What is compared, and how, is in ``pipetutor.certify.proof``.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipetutor.core import records
+from pipetutor.data import fetch
+from pipetutor.preflight import check_network
+from pipetutor.processes.environment import cpu_environment
+from pipetutor.processes.watch import Parser, briefly, ending_with_a_status, run_job
+from pipetutor.system import machine
+from pipetutor.system.kinds import check, list_of, named, whole
+
+MODELS = ("alexnet", "vgg")
+CONTROLS = ("summed", "scaled", "weights")
+GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
+# One thread, so that both sides add up in the same order and forks are safe; huge pages, as ranks have them.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, and what came out.
+
+    Attributes:
+        rows: a dict for each comparison; see ``pipetutor.certify.proof.judge``.
+        skipped: rows that this machine has no memory for.
+        directory: where ``certificate.json`` holds the same.
+    """
+
+    rows: list[dict[str, Any]] = field(repr=False)
+    skipped: list[dict[str, Any]]
+    directory: Path
+
+    @property
+    def passed(self) -> bool:
+        """Whether every pipeline equals the reference, and every control does not."""
+        compared = any(not row["control"] for row in self.rows)
+        return compared and all(map(_as_it_should, self.rows))
+
+    def __str__(self) -> str:
+        """Return the table, largest differences and a verdict a row, and what gave the controls away."""
+        controls = [f"control {row['control']}: {row['reason']}" for row in self.rows if row["control"]]
+        return "\n".join([_HEAD, *map(_line, self.rows), *map(_line, self.skipped), *controls, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """One line that says what the rows come to."""
+        pipelines = [_as_it_should(row) for row in self.rows if not row["control"]]
+        controls = [_as_it_should(row) for row in self.rows if row["control"]]
+        left = f"; {len(self.skipped)} rows were skipped" if self.skipped else ""
+        return (
+            f"{'PASSED' if self.passed else 'FAILED'}: {sum(pipelines)} of {len(pipelines)} pipelines equal one "
+            f"process, {sum(controls)} of {len(controls)} controls were found out{left}"
+        )
+
+
+_HEAD = (
+    f"{'model':8} {'P':>2} {'M':>2} {'R':>2}  {'gradients':>17} {'parameters':>17} {'loss':>8}   verdict\n"
+    f"{'':8} {'':>2} {'':>2} {'':>2}  {'abs.':>8} {'rel.':>8} {'abs.':>8} {'rel.':>8} {'rel.':>8}"
+)
+
+
+def _as_it_should(row: dict[str, Any]) -> bool:
+    """Say whether a pipeline equals the reference, or a control ran, and does not."""
+    return "gradient" in row and row["equal"] != bool(row["control"])
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if "gradient" not in row:
+        return f"{'skipped' if 'equal' not in row else 'FAILED'}: {row['reason']}"
+    if row["control"]:
+        return f"control {row['control']}: {'NOT FOUND OUT' if row['equal'] else 'found out'}"
+    return "equal" if row["equal"] else f"FAILED: {row['reason']}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2}  "
+    if "gradient" not in row:
+        return case + _verdict(row)
+    numbers = [row[part][kind] for part in ("gradient", "final") for kind in ("absolute", "relative")]
+    numbers.append(row["loss"]["relative"])
+    return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {_verdict(row)}"
+
+
+@briefly
+def certify(
+    models: Sequence[str] = MODELS,
+    stages: Sequence[int] = (1, 2, 3, 4),
+    micro_batches: Sequence[int] = (1, 4),
+    replicas: Sequence[int] = (1, 2),
+    *,
+    data_dir: str | Path = fetch.DATA_DIR,
+    runs_dir: str | Path = "runs",
+) -> Certificate:
+    """Compare pipelines with one process, in processes of their own; nothing is left running.
+
+    Args:
+        models: ``alexnet`` and ``vgg``, a VGG11 an eighth as wide or less.
+        stages: numbers of pipeline stages P, 1 to 4.
+        micro_batches: numbers of micro-batches M, in each step and replica.
+        replicas: numbers of copies of the pipeline.
+        data_dir: where the data is or will be.
+        runs_dir: where the directory with ``certificate.json`` is made.
+
+    Returns:
+        The certificate; print it for its table.
+
+    Raises:
+        ValueError: there is no such model or a number is out of range; nothing was started.
+        RunFailed: the comparison itself ended early.
+
+    >>> print(certify(models=["vgg"], stages=[1, 2]))  # doctest: +SKIP
+    """
+    check("models", models, list_of(named(MODELS)))
+    check("stages", stages, list_of(whole(1, 4)))
+    check("micro_batches", micro_batches, list_of(whole(1, 16)))
+    check("replicas", replicas, list_of(whole(1, 4)))
+    check("data_dir", data_dir, "path")
+    check("runs_dir", runs_dir, "path")
+    check_network("gloo")
+    room = max(2, int(machine.memory().free / 2**30 / GIGABYTES_A_RANK))
+    topologies = itertools.product(models, micro_batches, replicas, stages)
+    cases: list[dict[str, Any]] = [
+        {"model": model, "stages": p, "micro_batches": m, "replicas": r, "control": ""}
+        for model, m, r, p in topologies
+    ]
+    skipped = [case for case in cases if case["stages"] * case["replicas"] > room]
+    for case in skipped:
+        case["reason"] = f"{case['stages'] * case['replicas']} ranks, and there is memory for {room}"
+    chosen = [case for case in cases if case not in skipped]
+    wrong = {"model": models[-1], "stages": 2, "micro_batches": 4, "replicas": 1}
+    chosen += [wrong | {"control": control} for control in CONTROLS]
+    fetch.prepare("synthetic", data_dir)
+    directory = records.create(Path(runs_dir), "certificate")
+    env = cpu_environment(1) | ENVIRONMENT | {fetch.VARIABLE: str(data_dir)}
+    rows = run_job("pipetutor.certify.proof", directory, chosen, env, len(chosen), "rows", _brief)
+    certificate = Certificate([_read(row) for row in rows], skipped, directory)
+    content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
+    records.write_json(directory / "certificate.json", content)
+    return certificate
+
+
+def _read(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its infinite differences, for which JSON has null."""
+    for part in ("initial", "gradient", "final", "loss"):
+        if part in row:
+            row[part] = {kind: math.inf if value is None else value for kind, value in row[part].items()}
+    return row
+
+
+def _brief(row: dict[str, Any]) -> str:
+    return f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']} {_verdict(row)[:60]}"
+
+
+def main() -> None:
+    """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
+
+    def numbers(text: str) -> list[int]:
+        try:
+            return [int(number) for number in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers and commas: 1,2, say") from None
+
+    parser = Parser(prog="pipetutor.certify", description="does the pipeline equal one process?")
+    parser.add_argument("--models", default=",".join(MODELS), help="default %(default)s")
+    parser.add_argument("--stages", type=numbers, default=[1, 2, 3, 4], help="default 1,2,3,4")
+    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
+    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
+    with ending_with_a_status():
+        args = parser.parse_args()
+        certificate = certify(args.models.split(","), args.stages, data_dir=args.data_dir, runs_dir=args.runs_dir)
+    print(certificate)
+    print(f"written to {certificate.directory / 'certificate.json'}")
+    sys.exit(0 if certificate.passed else 1)

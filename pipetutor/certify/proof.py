@@ -1,0 +1,287 @@
+"""The proof behind the certificate: DeepSpeed's pipeline against a plain PyTorch loop, tensor by tensor.
+
+Both sides begin with the same weights and read the same micro-batches, on the CPU, in fp32, with dropout off.
+The optimizer is SGD without momentum: it carries a wrong gradient into the weights in proportion, where Adam
+divides its scale away. Compared are all initial weights, the accumulated gradient of every parameter in the
+first step, every parameter after the last one, and the loss of each step.
+
+Run by ``pipetutor.certify.certificate`` in a process of its own, which forks the ranks of each case after another.
+"""
+
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipetutor.core import records
+from pipetutor.core.layers import build, catalog_entry, join_layers
+from pipetutor.core.partition import bounds_for
+from pipetutor.data import loader
+from pipetutor.data.fetch import DATA_DIR
+from pipetutor.processes.forks import forked
+from pipetutor.system.uncompiled import torchvision
+
+MICRO_BATCH, STEPS, LEARNING_RATE, SEED = 2, 3, 0.05, 1138
+TOLERANCE = 1e-5  # of a tensor's largest entry: some eighty roundings of fp32
+MARGIN = 1000  # a control must be wrong by so many tolerances: what passes is a thousandth of what is found out
+CONTROLS = {
+    "summed": "gradients are summed over micro-batches, not averaged",
+    "scaled": "the gradients of stage 0 are divided by M once more",
+    "weights": "the last stage begins with other weights",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the certificate.
+
+    Attributes:
+        model: ``alexnet``, or ``vgg``, a narrow VGG11.
+        stages: pipeline stages P.
+        micro_batches: M, in each step and replica.
+        replicas: copies of the pipeline.
+        control: one of ``CONTROLS``, a fault that the comparison must find; empty for the pipeline as it is.
+    """
+
+    model: str
+    stages: int
+    micro_batches: int
+    replicas: int
+    control: str = ""
+
+
+def build_model(name: str, seed: int = SEED) -> nn.Module:
+    """Build a model of the certificate, with weights that depend on the seed alone and without dropout."""
+    torch.manual_seed(seed)
+    if name == "alexnet":
+        return build(name, dropout=0.0)
+    with torch.device("meta"):  # VGG's own classifier has 100 million weights, and none of them is wanted
+        net = torchvision.models.VGG(nn.Sequential(), num_classes=10, init_weights=False)
+    net.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"])
+    for index, (inputs, outputs) in {0: (64 * 7 * 7, 64), 3: (64, 64), 6: (64, 10)}.items():
+        net.classifier[index] = nn.Linear(inputs, outputs)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net
+
+
+def _micro_batches(case: Case, replica: int) -> Iterator[list[torch.Tensor]]:
+    trainset = loader.Pixels(loader.load("synthetic", True, -1, DATA_DIR))
+    sampler = loader.EpochSampler(trainset, case.replicas, replica, SEED, loader.Position())
+    return iter(loader.Loader(trainset, sampler, MICRO_BATCH, torch.device("cpu")))
+
+
+def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train in this process, with torch alone.
+
+    Args:
+        case: how many micro-batches make a step; the stages do not matter here.
+
+    Returns:
+        Tensors by name: ``initial.NAME``, ``gradient.NAME`` of the first step and ``final.NAME``; and the mean
+        loss of each step.
+    """
+    model = build_model(case.model)
+    tensors = {f"initial.{name}": p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    replicas = [_micro_batches(case, replica) for replica in range(case.replicas)]
+    count = case.micro_batches * case.replicas
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(case.micro_batches):
+            for replica in replicas:
+                images, labels = next(replica)
+                loss = nn.functional.cross_entropy(model(images), labels)
+                (loss / count).backward()
+                total += loss.item()
+        if step == 0:
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            tensors |= {f"gradient.{name}": gradient.clone() for name, gradient in gradients.items()}
+        optimizer.step()
+        losses.append(total / count)
+    return tensors | {f"final.{name}": p.detach() for name, p in model.named_parameters()}, losses
+
+
+@dataclass
+class Difference:
+    """How far tensors are from what they should be.
+
+    Attributes:
+        absolute: the largest difference of two entries.
+        relative: the same, in units of the largest entry of the tensor that it is in.
+        factor: by how much the found tensors are too large as a whole (least squares); 1 when they are not.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    factor: float = 1.0
+
+
+def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Difference:
+    """Compare tensors of the same names; a NaN, on either side, counts as an infinite difference.
+
+    >>> compare({"w": torch.tensor([2.0, 4.0])}, {"w": torch.tensor([1.0, 2.0])})
+    Difference(absolute=2.0, relative=1.0, factor=2.0)
+    """
+    worst = Difference()
+    product = square = 0.0
+    for name, tensor in found.items():
+        wanted = expected[name]
+        absolute = _or_infinite((tensor - wanted).abs().max().item())
+        worst.absolute = max(worst.absolute, absolute)
+        if absolute:
+            relative = _or_infinite(absolute / max(wanted.abs().max().item(), 1e-30))
+            worst.relative = max(worst.relative, relative)
+        product += torch.dot(tensor.flatten(), wanted.flatten()).item()
+        square += torch.dot(wanted.flatten(), wanted.flatten()).item()
+    worst.factor = product / square if square else 1.0
+    return worst
+
+
+def _or_infinite(difference: float) -> float:
+    """Return a difference, and infinity for a NaN, which no comparison would find too large."""
+    return difference if difference == difference else float("inf")
+
+
+def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
+    """Train one rank of the pipeline, and compare what it holds with the reference."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from pipetutor.core.engine import Instruction, model_state, observe, pipeline, replica_of
+
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.stages * case.replicas)}
+    meeting = dist.FileStore(str(store), case.stages * case.replicas)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=case.stages * case.replicas)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    expected = torch.load(scratch, mmap=True, weights_only=True)
+    stage = rank // case.replicas
+    other = case.control == "weights" and stage == case.stages - 1
+    model = build_model(case.model, SEED + other)
+    bounds = bounds_for(catalog_entry(join_layers(model)), case.stages, "parameters")
+    config = {
+        "train_batch_size": MICRO_BATCH * case.micro_batches * case.replicas,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+    }
+    engine = pipeline(model, case.stages, ",".join(map(str, bounds)), config)
+    found: dict[str, Difference] = {}
+
+    def look(part: str, tensors: dict[str, torch.Tensor]) -> None:
+        found[part] = compare(tensors, {name: expected[f"{part}.{name}"] for name in tensors})
+
+    def before(instruction: Instruction) -> None:
+        if instruction.name != "OptimizerStep":
+            return
+        gradients = {name: p.grad for name, p in model_state(engine).items() if p.grad is not None}
+        factor = {"summed": float(case.micro_batches), "scaled": 1.0 if stage else 1 / case.micro_batches}
+        for gradient in gradients.values():
+            gradient.mul_(factor.get(case.control, 1.0))
+        if "gradient" not in found:
+            look("gradient", gradients)
+
+    weights = {name: p.detach() for name, p in model_state(engine).items()}
+    look("initial", weights)
+    observe(engine, before, after=lambda: None)
+    batches = _micro_batches(case, replica_of(engine))
+    losses = [float(engine.train_batch(data_iter=batches)) for _ in range(STEPS)]
+    look("final", weights)
+    return {"stage": stage, "losses": losses} | {part: asdict(difference) for part, difference in found.items()}
+
+
+def judge(case: Case, ranks: list[dict[str, Any]], losses: list[float]) -> dict[str, Any]:
+    """Put the ranks' findings together as one row of the certificate.
+
+    Args:
+        case: the row.
+        ranks: what each rank found.
+        losses: of the reference.
+
+    Returns:
+        The case, the largest absolute and relative difference of each quantity, ``equal``, and ``reason``: what
+        is wrong where they are not equal. Initial weights must be equal to the last bit, all else within
+        ``TOLERANCE``; a control counts as equal within ``MARGIN`` times that, so it must be wrong by far.
+    """
+    row: dict[str, Any] = asdict(case)
+    for part in ("initial", "gradient", "final"):
+        row[part] = {kind: max(rank[part][kind] for rank in ranks) for kind in ("absolute", "relative")}
+    loss = [
+        max(_or_infinite(abs(rank["losses"][step] - wanted)) for rank in ranks) for step, wanted in enumerate(losses)
+    ]
+    relative = [_or_infinite(difference / abs(wanted)) for difference, wanted in zip(loss, losses, strict=True)]
+    row["loss"] = {"absolute": max(loss), "relative": max(relative)}
+    reasons = []
+    same, limit = (MARGIN * TOLERANCE, MARGIN * TOLERANCE) if case.control else (0.0, TOLERANCE)
+    others = sorted({rank["stage"] for rank in ranks if rank["initial"]["relative"] > same})
+    wrong = {rank["stage"]: rank["gradient"]["factor"] for rank in ranks if rank["gradient"]["relative"] > limit}
+    if others:
+        reasons.append(f"stage {_list(others)} did not begin with the reference's weights")
+    elif wrong:
+        for factor in sorted({round(factor, 3) for factor in wrong.values()}):
+            stages = [stage for stage, found in sorted(wrong.items()) if round(found, 3) == factor]
+            reasons.append(f"gradients of stage {_list(stages)} are {factor:g} times what they should be")
+    elif row["final"]["relative"] > limit:
+        reasons.append("the gradients agree, and the updated parameters do not")
+    elif row["loss"]["relative"] > limit:
+        reasons.append("the parameters agree, and the losses do not")
+    row["reason"] = "; ".join(reasons)
+    row["equal"] = not reasons
+    return row
+
+
+def _list(stages: list[int]) -> str:
+    return ", ".join(map(str, stages))
+
+
+def _save_reference(case: Case, scratch: str) -> list[float]:
+    tensors, losses = reference(case)
+    torch.save(tensors, scratch)
+    return losses
+
+
+def prove(cases: list[Case], folder: Path) -> Iterator[dict[str, Any]]:
+    """Compare case after case.
+
+    Args:
+        cases: the rows; neighbours with the same model, M and replicas share one reference.
+        folder: an existing directory, for what libraries print and where ranks meet.
+
+    Yields:
+        A row for each case; see ``judge``. A case that fails to run is a row whose ``reason`` says why.
+    """
+    import deepspeed  # noqa: F401 (loaded once, here, and not once in every fork)
+
+    log, store = folder / "proof.log", folder / "store"
+    known, losses = None, []
+    with tempfile.TemporaryFile() as file:  # without a name: however this ends, it is gone
+        scratch = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        for case in cases:
+            store.unlink(missing_ok=True)
+            try:
+                if known != (case.model, case.micro_batches, case.replicas):
+                    known = None
+                    losses = forked([functools.partial(_save_reference, case, scratch)], log)[0]
+                    known = case.model, case.micro_batches, case.replicas
+                ranks = range(case.stages * case.replicas)
+                works = [functools.partial(_rank, case, rank, store, scratch) for rank in ranks]
+                yield judge(case, forked(works, log), losses)
+            except RuntimeError as error:
+                yield asdict(case) | {"equal": False, "reason": str(error)}
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    for row in prove([Case(**case) for case in json.loads(sys.argv[2])], directory):
+        records.append(directory / "rows.jsonl", row)

@@ -1,0 +1,320 @@
+"""Any schedule run for real: one rank of a pipeline over ``torch.distributed.pipelining``.
+
+DeepSpeed's engine runs 1F1B alone. Here the order of computations comes from ``schedule.orders``, the stream
+that the simulator and the figures read, and torch's pipeline runtime executes it: it adds the sends and receives,
+and moves the tensors. Model, cut, data, loss and optimizer are those of ``pipetutor.core.engine``, and so are the
+losses.
+
+The runtime is private in torch 2.15 (``_PipelineScheduleRuntime``), and this is the one module that touches it.
+Sends and receives run in the background, on gloo's own thread; a rank waits for a message only where it needs it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as runtime
+
+from pipetutor.core.accumulate import accumulate_in_place
+from pipetutor.core.batch import batch_arithmetic
+from pipetutor.core.engine import After, Before, Instruction, engine_config
+from pipetutor.core.layers import join_layers, layer_names
+from pipetutor.core.recompute import StageLayers
+from pipetutor.schedule.orders import build
+
+COMPUTE = {
+    "ForwardPass": runtime.FORWARD,
+    "BackwardPass": runtime.FULL_BACKWARD,
+    "BackwardInput": runtime.BACKWARD_INPUT,
+    "BackwardWeight": runtime.BACKWARD_WEIGHT,
+}
+IMAGE = (3, 224, 224)
+
+
+def build_optimizer(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer that ``pipetutor.core.engine`` has DeepSpeed build from the same config.
+
+    Args:
+        config: a whole DeepSpeed config.
+        parameters: of this rank.
+
+    Raises:
+        ValueError: it is not torch's Adam, AdamW or SGD.
+    """
+    optimizer = engine_config(config, stages=1)["optimizer"]
+    kind, params = optimizer["type"].lower(), dict(optimizer.get("params", {}))
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, **params)
+    if kind not in ("adam", "adamw") or not params.pop("torch_adam"):
+        raise ValueError(f"a pipeline of torch trains with torch's Adam, AdamW or SGD, not with {optimizer}")
+    decoupled = params.pop("adam_w_mode", True) or kind == "adamw"
+    return (torch.optim.AdamW if decoupled else torch.optim.Adam)(parameters, **params)
+
+
+def _boundaries(layers: Sequence[nn.Module], bounds: Sequence[int], images: Sequence[int]) -> list[torch.Tensor]:
+    """Return what enters each stage, and what leaves the last one, as tensors without memory.
+
+    Told beforehand, the shapes need not be found by running the whole model once more ahead of the first step.
+    """
+    x = torch.empty(*images, device="meta")
+    found = [x]
+    for low, high in pairwise(bounds):
+        for layer in layers[low:high]:
+            shapes = {name: torch.empty_like(t, device="meta") for name, t in layer.state_dict().items()}
+            x = torch.func.functional_call(layer, shapes, x).detach()
+        found.append(x.clone(memory_format=torch.contiguous_format).requires_grad_())
+    return found
+
+
+class _Watch:
+    """Tells an observer, once there is one, that an instruction begins and that it has ended."""
+
+    def __init__(self) -> None:
+        self.before: Before = lambda _: None
+        self.after: After = lambda: None
+
+    @contextmanager
+    def __call__(
+        self, name: str, stage: int, micro_batch: int | None = None, peers: Sequence[int] = ()
+    ) -> Iterator[None]:
+        self.before(Instruction(name, micro_batch, peers, stage))
+        yield
+        self.after()
+
+
+class _Source:
+    """The micro-batches of a step; the first and the last stage read the same one where a rank holds both."""
+
+    def __init__(self, watch: _Watch, device: torch.device, shared: bool):
+        self._watch, self._device, self._shared = watch, device, shared
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        self.data: Iterator[list[torch.Tensor]] = iter(())
+
+    def part(self, index: int, stage: int, number: int) -> torch.Tensor:
+        """Return the images (0) or the labels (1) of a micro-batch; called in the order of micro-batches."""
+        if number in self._kept:
+            return self._kept.pop(number)[index]
+        with self._watch("LoadMicroBatch", stage, number):
+            found = [part.to(self._device) for part in next(self.data)]
+        if self._shared:
+            self._kept[number] = found
+        return found[index]
+
+
+class _Stage(PipelineStage):
+    """A stage that reads its micro-batches when it comes to them, and whose computations can be observed."""
+
+    def __init__(self, source: _Source, watch: _Watch, micro_batches: int, *args: Any):
+        super().__init__(*args)
+        self._source, self._watch, self._micro_batches = source, watch, micro_batches
+
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> torch.Tensor:
+        """Compute the stage's output; on the last stage the loss, as a part of the mean over micro-batches."""
+        stage, number = self.stage_index, fwd_chunk_id
+        if self.is_first:
+            args = (self._source.part(0, stage, number),)
+        labels = self._source.part(1, stage, number) if self.is_last else None
+        with self._watch("ForwardPass", stage, number):
+            output = super().forward_one_chunk(number, args, kwargs, save_forward_output)
+            if labels is None:
+                return output
+            return nn.functional.cross_entropy(output, labels) / self._micro_batches
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Compute gradients: of weights and input, or of the input alone."""
+        with self._watch("BackwardPass" if full_backward else "BackwardInput", self.stage_index, bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Compute the gradients of weights that ``BackwardInput`` left out."""
+        with self._watch("BackwardWeight", self.stage_index, bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+
+class _Receives(dict[tuple[int, int], list[dist.Work]]):
+    """Messages under way, by stage and micro-batch: the runtime takes one out to wait for it."""
+
+    def __init__(self, wait: Callable[[int, int, list[dist.Work]], None]):
+        super().__init__()
+        self._wait = wait
+
+    def pop(self, key: tuple[int, int]) -> list[dist.Work]:  # type: ignore[override]
+        """Wait for a message; nothing is left to wait for."""
+        self._wait(*key, super().pop(key))
+        return []
+
+
+class TorchPipeline:
+    """One rank of a pipeline; to ``pipetutor.core.loop`` it looks like DeepSpeed's engine.
+
+    Rank r of P holds the stages r, r + P, r + 2P and so on. All ranks are one pipeline: there are no replicas.
+
+    Args:
+        model: a torchvision model that ``join_layers`` can flatten; the rank trains its own layers of it.
+        schedule: a name of ``pipetutor.schedule.orders.SCHEDULES``.
+        bounds: of all stages of the model: as many as ranks, or a multiple of that.
+        config: a whole DeepSpeed config; Adam, AdamW or SGD.
+        recompute: keep only what enters a stage, and compute the rest once more in the backward pass.
+        image: channels, height and width.
+
+    Raises:
+        ValueError: the optimizer, stages and ranks, or schedule and ``recompute`` do not fit.
+
+    >>> engine = TorchPipeline(model, "gpipe", [0, 16, 22], read_config(None))  # doctest: +SKIP
+    >>> loss = engine.train_batch(micro_batches)  # doctest: +SKIP
+    """
+
+    dp_world_size = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: str,
+        bounds: Sequence[int],
+        config: dict[str, Any],
+        recompute: bool = False,
+        image: Sequence[int] = IMAGE,
+    ):
+        self.stage_id, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._last = len(bounds) - 2
+        if (self._last + 1) % self._ranks:
+            raise ValueError(f"{self._last + 1} stages cannot be shared evenly by {self._ranks} ranks")
+        if recompute and schedule == "zero_bubble":
+            raise ValueError("zero_bubble cannot recompute: each weight would do it anew; use 1f1b")
+        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        self._batch = batch_arithmetic(config, replicas=1)
+        self._watch = _Watch()
+        self._source = _Source(self._watch, self.device, shared=self._ranks == 1)
+        layers = join_layers(model)
+        names = layer_names(model, layers)
+        if schedule != "zero_bubble":  # it asks autograd for gradients of weights alone
+            accumulate_in_place(layers)
+        passed = _boundaries(layers, bounds, (self._batch.micro, *image))
+        self._layers: list[tuple[str, nn.Module]] = []
+        self._stages: dict[int, Any] = {}
+        for stage in range(self.stage_id, self._last + 1, self._ranks):
+            held = slice(bounds[stage], bounds[stage + 1])
+            self._layers += zip(names[held], layers[held], strict=True)
+            if stage and hasattr(layers[held][0], "inplace"):
+                # What was received gets a gradient, and must be kept for it.
+                layers[held][0].inplace = False  # type: ignore[assignment]
+            module = StageLayers(layers[held], recompute)
+            about = (module, stage, self._last + 1, self.device, passed[stage], passed[stage + 1])
+            self._stages[stage] = _Stage(self._source, self._watch, self._batch.accumulation, *about)
+        parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]
+        self._optimizer = build_optimizer(config, parameters)
+        self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}
+        self._runtime = self._prepare(schedule)
+
+    def _prepare(self, schedule: str) -> Any:
+        streams = build(schedule, self._ranks, self._batch.accumulation, len(self._stages))
+        orders: dict[int, list[runtime._Action | None]] = {
+            rank: [runtime._Action(i.stage, COMPUTE[i.name], i.micro_batch) for i in stream if i.name in COMPUTE]
+            for rank, stream in enumerate(streams)
+        }
+        executor = runtime._PipelineScheduleRuntime(
+            list(self._stages.values()),
+            self._batch.accumulation,
+            loss_fn=lambda loss, _: loss,  # the last stage's output is the loss already
+            scale_grads=False,
+        )
+        executor._prepare_schedule_with_comms(orders)
+        executor.fwd_recv_ops = _Receives(partial(self._wait, "RecvActivation", -1))
+        executor.bwd_recv_ops = _Receives(partial(self._wait, "RecvGrad", 1))
+        sends = {runtime.SEND_F: self._send, runtime.SEND_B: self._send}
+        waits = {runtime.WAIT_SEND_F: self._wait_for_send, runtime.WAIT_SEND_B: self._wait_for_send}
+        executor._comp_type_to_function_map |= sends | waits
+        return executor
+
+    def _wait(self, name: str, towards: int, stage: int, number: int | None, works: Sequence[dist.Work]) -> None:
+        with self._watch(name, stage, number, [(stage + towards) % self._ranks]):
+            for work in works:
+                work.wait()
+
+    def _send(self, action: runtime._Action, _: Any) -> None:
+        stage, number = self._stages[action.stage_index], action.microbatch_index
+        forward = action.computation_type == runtime.SEND_F
+        ops = (stage.get_fwd_send_ops if forward else stage.get_bwd_send_ops)(number)
+        wait = runtime.WAIT_SEND_F if forward else runtime.WAIT_SEND_B
+        self._sending[action._replace(computation_type=wait)] = ops, runtime._batch_p2p(ops)
+
+    def _wait_for_send(self, action: runtime._Action, _: Any) -> None:
+        stage, kind, number, _ = action
+        forward = kind == runtime.WAIT_SEND_F
+        _, works = self._sending.pop(action)
+        self._wait(*(("SendActivation", 1) if forward else ("SendGrad", -1)), stage, number, works)
+        if forward:
+            self._stages[stage].release_fwd_send_outputs(number)
+
+    def observe(self, before: Before, after: After) -> None:
+        """Have something called ahead of each instruction, and behind it; one ends before the next begins.
+
+        A rank waits for a message where it needs it, and for what it has sent when its schedule says so: those are
+        the Recv and Send instructions. The transfer itself goes on in the background.
+        """
+        self._watch.before, self._watch.after = before, after
+
+    def train_batch(self, data_iter: Iterator[list[torch.Tensor]]) -> torch.Tensor:
+        """Train one step.
+
+        Args:
+            data_iter: yields [images, labels] of a micro-batch; read on the ranks of the first and the last stage.
+
+        Returns:
+            The mean loss over the micro-batches, on every rank.
+        """
+        self._source.data = data_iter
+        losses: list[torch.Tensor] = []
+        unused = [None] * self._batch.accumulation  # a stage reads its labels itself
+        self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
+        with self._watch("OptimizerStep", self.stage_id):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        source = self._last % self._ranks
+        others = [rank for rank in range(self._ranks) if rank != self.stage_id]
+        with self._watch("AggregateLoss", self.stage_id, None, others if self.is_last_stage() else [source]):
+            loss = torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
+            dist.broadcast(loss, source)
+        return loss
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Return the parameters and buffers that this rank holds, as ``pipetutor.core.engine.model_state`` does."""
+        state: dict[str, torch.Tensor] = {}
+        for name, layer in self._layers:
+            state |= layer.state_dict(prefix=f"{name}.", keep_vars=True)
+        return state
+
+    def is_first_stage(self) -> bool:
+        """Say whether this rank holds the model's first stage."""
+        return 0 in self._stages
+
+    def is_last_stage(self) -> bool:
+        """Say whether this rank holds the model's last stage."""
+        return self._last in self._stages
+
+    def train_batch_size(self) -> int:
+        """Return the images of a step."""
+        return self._batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Return the images of a micro-batch."""
+        return self._batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Return the micro-batches of a step."""
+        return self._batch.accumulation

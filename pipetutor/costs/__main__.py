@@ -1,0 +1,5 @@
+"""``python -m pipetutor.costs``: what each layer costs here."""
+
+from pipetutor.costs.measure import main
+
+main()

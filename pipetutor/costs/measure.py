@@ -1,0 +1,100 @@
+"""Measure what each layer costs here, in processes of their own, which ``pipetutor.costs.ranks`` runs."""
+
+from pathlib import Path
+from typing import Any
+
+from pipetutor.core import records
+from pipetutor.core.config import read_config
+from pipetutor.core.partition import catalog
+from pipetutor.costs.table import FILE, LayerCosts
+from pipetutor.data import fetch
+from pipetutor.preflight import preflight
+from pipetutor.processes.environment import cpu_environment
+from pipetutor.processes.watch import Parser, briefly, ending_with_a_status, run_job
+from pipetutor.system import machine
+from pipetutor.system.gpus import Gpus
+from pipetutor.system.kinds import check
+
+STEPS, MICRO_BATCHES = 4, 4  # that are measured
+COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
+
+
+@briefly
+def measure(
+    model: str = "alexnet",
+    micro_batch: int = 8,
+    ranks: int = 2,
+    *,
+    dropout: float | None = None,
+    data_dir: str | Path = fetch.DATA_DIR,
+    runs_dir: str | Path = "runs",
+) -> LayerCosts:
+    """Measure what each layer costs on this machine's CPU in fp32, in processes of their own.
+
+    The costs hold for pipelines of as many ranks as measured; nothing is left running.
+
+    Args:
+        model: ``alexnet`` or any model of ``pipetutor.core.partition.catalog()``.
+        micro_batch: images in a micro-batch.
+        ranks: processes that measure at once: the ranks that the pipeline will have.
+        dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
+        data_dir: where the data is or will be.
+        runs_dir: where the directory with ``costs.json`` is made.
+
+    Raises:
+        ValueError: something asked for cannot work; nothing was started.
+        RunFailed: a measuring process failed.
+
+    >>> costs = measure(micro_batch=8, ranks=2)  # doctest: +SKIP
+    >>> costs.for_bounds([0, 16, 22]).forward  # doctest: +SKIP
+    [0.057, 0.023]
+    """
+    check("micro_batch", micro_batch, "count")
+    check("ranks", ranks, "count")
+    check("data_dir", data_dir, "path")
+    check("runs_dir", runs_dir, "path")
+    preflight(  # as one stage: replicas may make more ranks than a pipeline can have stages
+        ranks=1,
+        stages=1,
+        steps=1,
+        model=model,
+        dataset="synthetic",
+        partition="parameters",
+        config=read_config({"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1}),
+        backend="gloo",
+        gpus=Gpus(0),
+        dropout=dropout,
+    )
+    needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])
+    free = machine.memory().free
+    if ranks * needed > free:
+        raise ValueError(
+            f"{ranks} ranks that each hold all of {model} take {ranks * needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} are free: use {max(1, free // needed)} ranks or a smaller model"
+        )
+    fetch.prepare("synthetic", data_dir)
+    directory = records.create(Path(runs_dir), "costs")
+    asked = {"model": model, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
+    total = STEPS * MICRO_BATCHES
+    env = cpu_environment(ranks) | {fetch.VARIABLE: str(data_dir)}
+    run_job("pipetutor.costs.ranks", directory, asked, env, total, "micro-batches", _brief)
+    return LayerCosts.load(directory)
+
+
+def _brief(row: dict[str, Any]) -> str:
+    return f"{1e3 * row['seconds']:.0f} ms a micro-batch"
+
+
+def main() -> None:
+    """Run ``measure`` from the command line; status 1 if it fails, 2 for bad input."""
+    parser = Parser(prog="pipetutor.costs", description="what does each layer cost here?")
+    parser.add_argument("--model", default="alexnet", help="default %(default)s")
+    parser.add_argument("--micro-batch", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
+    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
+    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
+    with ending_with_a_status():
+        costs = measure(**vars(parser.parse_args()))
+    print(costs)
+    print(f"written to {costs.directory / FILE}")

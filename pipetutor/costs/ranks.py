@@ -1,0 +1,269 @@
+"""The ranks that ``pipetutor.costs.table`` measures with: whole micro-batches, and a clock read between two layers.
+
+A layer timed by itself finds its inputs in the cache and its memory mapped; in a run it does not. So whole
+micro-batches are run, loaded, forward and backward, and a clock is read wherever one layer ends and the next
+begins. As many processes do so at once as the pipeline will have ranks, a part of a micro-batch after one
+another: they compete for memory as its ranks will, which are never all at the same layer.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from pipetutor.core import records
+from pipetutor.core.accumulate import accumulate_in_place
+from pipetutor.core.layers import build, join_layers
+from pipetutor.core.partition import catalog
+from pipetutor.costs.measure import MICRO_BATCHES, STEPS
+from pipetutor.costs.table import FILE, LayerCost, LayerCosts
+from pipetutor.data import fetch, loader
+from pipetutor.processes.forks import forked
+
+REPEATS = 3
+SEED = 1138
+PATIENCE_SECONDS = 600
+
+Samples = dict[str, Any]  # what was measured -> its values, one for each time
+
+
+def run_micro_batch(
+    layers: Sequence[nn.Module], images: torch.Tensor, labels: torch.Tensor, loss: nn.Module
+) -> tuple[list[float], list[float], float]:
+    """Run one micro-batch forward and backward, uncut, and read the clock between layers.
+
+    On the way back autograd calls a hook ahead of what a layer recorded last. By then it is done with the layers
+    behind, their parameters' gradients added up: it takes what was recorded last first, and adds at once.
+
+        forward    | copy | layer 0 | layer 1 ... loss |
+        backward          | loss ... layer 1 | layer 0 |
+                                             ^ the hook of layer 0
+
+    Args:
+        layers: the flat list.
+        images: the micro-batch, as loaded.
+        labels: of the images.
+        loss: takes the last layer's output and the labels.
+
+    Returns:
+        Seconds of each layer's forward and backward, the loss in those of the last, and seconds of the copy.
+    """
+    begin = time.perf_counter()
+    x = images.clone()
+    ends = [time.perf_counter()]
+    reached: dict[int, float] = {}
+
+    def note(index: int, _: Any) -> None:
+        reached[index] = time.perf_counter()
+
+    for index, layer in enumerate(layers):
+        x = layer(x)
+        if x.grad_fn is not None and index < len(layers) - 1:
+            x.grad_fn.register_prehook(functools.partial(note, index))
+        ends.append(time.perf_counter())
+    error = loss(x, labels)
+    ends[-1] = reached[len(layers) - 1] = time.perf_counter()
+    error.backward()
+    end = time.perf_counter()
+    backward = [0.0] * len(layers)
+    for index, reach in sorted(reached.items()):
+        # A layer that returns its input, as dropout without a probability, shares its neighbour's hook.
+        backward[index], end = max(0.0, end - reach), min(end, reach)
+    return [late - early for early, late in itertools.pairwise(ends)], backward, ends[0] - begin
+
+
+def look_at_memory(layers: Sequence[nn.Module], images: torch.Tensor) -> list[dict[str, Any]]:
+    """Return ``parameters``, ``output_bytes``, ``kept`` and ``keeps_output`` of each layer; see ``LayerCost``."""
+    owned = {p.untyped_storage().data_ptr() for layer in layers for p in (*layer.parameters(), *layer.buffers())}
+    numbers: dict[int, int] = {}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[numbers.setdefault(storage.data_ptr(), len(numbers))] = storage.nbytes()
+        return tensor.detach()  # keeps the storage, so that no other gets its address, but not the graph
+
+    found = []
+    x = images.clone()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        for layer in layers:
+            kept.clear()
+            x = layer(x)
+            found.append(
+                {
+                    "parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
+                    "output_bytes": x.nbytes,
+                    "kept": tuple(kept.items()),
+                    "keeps_output": x.untyped_storage().data_ptr() in numbers,
+                }
+            )
+    return found
+
+
+def weight_shares(layers: Sequence[nn.Module], images: torch.Tensor) -> list[float]:
+    """Return which share of each layer's backward is for its parameters, their gradients added up.
+
+    The rest is for its input. It is 1 for layer 0 and 0 for a layer without parameters: each needs one of the two.
+    """
+
+    def seconds(layer: nn.Module, x: torch.Tensor) -> float:
+        output = layer(x.clone())  # a copy, since a layer may work in place
+        gradient = torch.ones_like(output)
+        begin = time.perf_counter()
+        output.backward(gradient)
+        return time.perf_counter() - begin
+
+    shares = []
+    x = images
+    for index, layer in enumerate(layers):
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        if parameters and index:
+            weights = seconds(layer, x)
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            inputs = seconds(layer, x.requires_grad_())
+            for parameter in parameters:
+                parameter.requires_grad_()
+            shares.append(weights / (weights + inputs))
+        else:
+            shares.append(float(bool(parameters)))
+        with torch.no_grad():
+            x = layer(x.clone()).detach()
+    return shares
+
+
+def _transfers(rank: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
+    """Send each size to and fro between ranks 0 and 1, as activation and gradient; return (bytes, seconds) a way."""
+    found = []
+    for size in sizes:
+        message, times = torch.zeros(size, dtype=torch.uint8), []
+        for _ in range(5 * REPEATS):
+            dist.barrier()
+            begin = time.perf_counter()
+            if rank == 0:
+                dist.send(message, 1)
+                dist.recv(message, 1)
+            elif rank == 1:
+                dist.recv(message, 0)
+                message.clone()  # as DeepSpeed takes one of each activation
+                dist.send(message, 0)
+            times.append((time.perf_counter() - begin) / 2)
+        found.append((size, statistics.median(times)))
+    return found
+
+
+def wire(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return latency in seconds and bandwidth in bytes a second of a wire, from (bytes, seconds) of its messages.
+
+    They lie on a line, on which each size counts by its relative error. Where other work on the machine has bent it
+    below what a wire can be, the latency is 0 or the bandwidth infinite.
+    """
+    sizes, ways = np.array(transfers).T
+    slope, latency = np.polyfit(sizes, ways, 1, w=1 / ways)
+    return max(float(latency), 0.0), float(1 / slope) if slope > 0 else float("inf")
+
+
+def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | None, directory: Path) -> Samples:
+    """Measure in one process, while the others do the same."""
+    meeting = dist.FileStore(str(directory / "store"), ranks)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    torch.manual_seed(SEED)
+    layers, loss = join_layers(build(model, dropout=dropout)), nn.CrossEntropyLoss()
+    accumulate_in_place(layers)
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
+    trainset = loader.Pixels(loader.load("synthetic", True, -1, fetch.DATA_DIR))
+
+    def batches(source: Any) -> Iterator[list[torch.Tensor]]:
+        order = loader.EpochSampler(source, 1, 0, SEED, loader.Position())
+        one_pass = loader.Loader(source, order, micro_batch, _CPU)
+        return itertools.chain.from_iterable(itertools.repeat(one_pass))
+
+    _CPU = torch.device("cpu")
+    images_of, labels_of = batches(trainset), batches(loader.Labels(trainset))
+    images = next(images_of)[0]
+    memory = look_at_memory(layers, images)
+    samples: Samples = defaultdict(list, memory=memory, input_bytes=images.nbytes, threads=torch.get_num_threads())
+    seconds = 0.0
+    for step in range(-1, STEPS):  # the step before the first warms up
+        dist.barrier()
+        time.sleep(seconds * rank / ranks)
+        for number in range(MICRO_BATCHES if step >= 0 else 2):
+            begin = time.perf_counter()
+            images = next(images_of)[0].clone()
+            middle = time.perf_counter()
+            labels = next(labels_of)[1]
+            loaded = time.perf_counter()
+            forward, backward, copy = run_micro_batch(layers, images, labels, loss)
+            seconds = time.perf_counter() - begin
+            if step >= 0:
+                samples["load_images"].append(middle - begin)
+                samples["load_labels"].append(loaded - middle)
+                samples["forward"].append(forward)
+                samples["later" if number else "first"].append(backward)
+                samples["copy"].append(copy / images.nbytes)
+                if rank == 0:
+                    records.append(directory / "rows.jsonl", {"seconds": seconds})
+        begin = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 0:
+            samples["optimizer"].append((time.perf_counter() - begin) / count)
+    samples["share"] = [weight_shares(layers, images) for _ in range(REPEATS)]
+    sizes = sorted({4096, *(layer["output_bytes"] for layer in memory)})
+    samples["transfers"] = _transfers(rank, sizes) if ranks > 1 else []
+    return dict(samples)
+
+
+def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: float | None) -> None:
+    """Fork the measuring ranks, and write what they found; run by ``costs.measure`` in a process of its own."""
+    works = [functools.partial(_rank, rank, ranks, model, micro_batch, dropout, directory) for rank in range(ranks)]
+    found = forked(works, directory / "logs" / "costs.log", PATIENCE_SECONDS)
+
+    def median(name: str) -> Any:
+        return np.median([value for samples in found for value in samples[name]], axis=0)
+
+    kinds = [layer.kind for layer in catalog()[model]]
+    later, share = median("later"), median("share")
+    saving = np.clip(later - median("first"), -share * later, share * later)
+    times = zip(median("forward").tolist(), later.tolist(), share.tolist(), saving.tolist(), strict=True)
+    layers = [
+        LayerCost(kind, forward, (1 - weight) * backward, weight * backward, saved, **memory)
+        for kind, (forward, backward, weight, saved), memory in zip(kinds, times, found[0]["memory"], strict=True)
+    ]
+    latency, bandwidth = wire(found[0]["transfers"]) if found[0]["transfers"] else (0.0, float("inf"))
+    costs = LayerCosts(
+        model,
+        micro_batch,
+        ranks,
+        found[0]["threads"],
+        tuple(layers),
+        found[0]["input_bytes"],
+        latency=latency,
+        bandwidth=bandwidth,
+        directory=directory,
+        **{name: float(median(name)) for name in ("load_images", "load_labels", "copy", "optimizer")},
+    )
+    content = dataclasses.asdict(costs)
+    del content["directory"]
+    records.write_json(directory / FILE, content)
+    records.update(directory, status="finished")
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), **json.loads(sys.argv[2]))

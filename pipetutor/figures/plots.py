@@ -1,0 +1,334 @@
+"""Every figure of the notebooks. Each returns a matplotlib figure that reads well in grey, too."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from pipetutor.core.partition import catalog
+from pipetutor.core.records import Run
+from pipetutor.costs.table import LayerCosts
+from pipetutor.figures.picture import COLOURS, HATCHES, STYLES, Picture, brief, in_our_style, plain
+
+
+@in_our_style
+def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:
+    """Show images with their labels.
+
+    Args:
+        images: (image, label) pairs; an image is what ``imshow`` takes.
+        columns: images in a row.
+    """
+    rows = -(-len(images) // columns)
+    figure = Picture(figsize=(9, 1.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (image, label) in zip(grid.flat, images, strict=False):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(label, fontsize=9)
+    classes = list(dict.fromkeys(label for _, label in images))
+    figure.description = f"{len(images)} images, of {len(classes)} kinds: {', '.join(classes)}."
+    return figure
+
+
+@in_our_style
+def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
+    """Draw the loss of each step for one or more runs, the later ones dashed so that equal ones both show.
+
+    Args:
+        runs: a legend entry for each run.
+        chance: the loss of guessing, drawn as a horizontal line.
+    """
+    figure = Picture(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, run) in enumerate(runs.items()):
+        steps = range(run.first_step, run.first_step + len(run.losses))
+        axes.plot(
+            steps,
+            run.losses,
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=STYLES[index % len(STYLES)],
+            linewidth=4 if index == 0 and len(runs) > 1 else 2,
+            alpha=0.6 if index == 0 and len(runs) > 1 else 1,
+        )
+    if chance is not None:
+        axes.axhline(chance, color="grey", linewidth=1, zorder=0)
+        axes.text(1, chance, "guessing", color="dimgrey", fontsize=9, va="bottom")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean loss of the train batch")
+    axes.margins(y=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(runs) > 1 or chance is not None:
+        axes.legend(frameon=False)
+    plain(axes)
+    ends = [f"{name} from {run.losses[0]:.3g} to {run.losses[-1]:.3g}" for name, run in runs.items()]
+    figure.description = f"Loss of each step: {'; '.join(ends)}" + (f"; guessing: {chance:.3g}." if chance else ".")
+    return figure
+
+
+@in_our_style
+def stages(run: Run) -> Figure:
+    """Draw the flat list of layers, with its parameters, and which stage held which.
+
+    Where a rank held several stages, a colour stands for the rank.
+
+    Args:
+        run: a pipeline run.
+    """
+    parameters = [layer.parameters / 1e6 for layer in catalog()[run.details["model"]]]
+    figure = Picture(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    chunked = len(run.parts) - 1 > run.stages
+    top = max(parameters) * (1.35 if chunked else 1.2)  # room for what is written above the highest bar
+    words = []
+    for stage, (low, high) in enumerate(pairwise(run.parts)):
+        rank = stage % run.stages
+        colour = COLOURS[rank % len(COLOURS)]
+        axes.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.12, linewidth=0)
+        axes.bar(range(low, high), parameters[low:high], color=colour, hatch=HATCHES[rank % 4], edgecolor="white")
+        total = sum(parameters[low:high])
+        where = f" on rank {rank}" if chunked else ""
+        words.append(f"stage {stage}{where} holds layers {low} to {high - 1}, {total:.1f} million")
+        name = f"stage {stage}\nrank {rank}" if chunked else f"stage {stage}"
+        size = 10 if high - low > 1 else 7  # as wide as a single layer
+        text = f"{name}\n{total:.1f} M"
+        axes.text((low + high - 1) / 2, top, text, ha="center", va="top", color=colour, fontsize=size)
+        if stage:
+            axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
+    axes.set_xticks(range(len(parameters)))
+    labels = [f"{kind} {index:2d}" for index, kind in enumerate(run.layers)]
+    axes.set_xticklabels(labels, rotation=90, fontsize=8)
+    axes.set_xlim(-0.5, len(parameters) - 0.5)
+    axes.set_ylim(0, top * 1.05)
+    axes.set_ylabel("million parameters")
+    plain(axes)
+    largest = max(range(len(parameters)), key=parameters.__getitem__)
+    figure.description = (
+        f"Parameters: {'; '.join(words)}. Layer {largest} alone has {parameters[largest]:.1f} million."
+    )
+    return figure
+
+
+@in_our_style
+def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
+    """Draw how long each layer takes for one micro-batch, forward and backward, and where a cut divides them.
+
+    Args:
+        costs: from ``pipetutor.costs.table.measure``.
+        bounds: partition bounds; without them no cut is drawn.
+    """
+    forward = [1e3 * layer.forward for layer in costs.layers]
+    backward = [1e3 * layer.backward for layer in costs.layers]
+    count = len(forward)
+    figure = Picture(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
+    axes.bar(range(count), backward, bottom=forward, color=COLOURS[1], edgecolor="white", label="backward")
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    top = 1.25 * max(both)
+    slowest = costs.layers[both.index(max(both))].kind
+    words = [f"slowest is {slowest} {both.index(max(both))}, with {brief(max(both))} of {brief(sum(both))} ms"]
+    for stage, (low, high) in enumerate(pairwise(bounds)):
+        total = sum(both[low:high])
+        words.append(f"stage {stage} takes {brief(total)} ms")
+        axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
+        if stage:
+            axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
+    axes.set_xticks(range(count))
+    labels = [f"{layer.kind} {index:2d}" for index, layer in enumerate(costs.layers)]
+    axes.set_xticklabels(labels, rotation=90, fontsize=8)
+    axes.set_xlim(-0.5, count - 0.5)
+    axes.set_ylim(0, top * 1.05)
+    axes.set_ylabel("milliseconds a micro-batch")
+    axes.legend(frameon=False, fontsize=9, loc="center left")
+    plain(axes)
+    figure.description = f"Time of each layer for one micro-batch: {'; '.join(words)}."
+    return figure
+
+
+@in_our_style
+def passes(orders: Sequence[Sequence[Sequence[int]]], micro_batch: int) -> Figure:
+    """Draw which image each replica reads when, pass after pass; what fills no micro-batch is crossed out.
+
+    Args:
+        orders: for each pass and each replica, the indices that it reads.
+        micro_batch: images in a micro-batch.
+    """
+    longest = max(len(indices) for order in orders for indices in order)
+    rows = sum(len(order) for order in orders)
+    figure = Picture(figsize=(min(9.5, 1.6 + 0.5 * longest), 0.9 * len(orders) + 0.42 * rows), layout="constrained")
+    for axes, (number, order) in zip(
+        figure.subplots(len(orders), squeeze=False)[:, 0], enumerate(orders), strict=True
+    ):
+        for replica, indices in enumerate(order):
+            full = len(indices) // micro_batch * micro_batch
+            colour = COLOURS[replica % len(COLOURS)]
+            for place, index in enumerate(indices):
+                kept = place < full
+                fill = {"facecolor": colour, "alpha": 0.25} if kept else {"facecolor": "white", "hatch": "xxxx"}
+                axes.bar(place, 0.8, 0.92, replica - 0.4, edgecolor="grey", linewidth=0.5, **fill)
+                halo = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+                axes.text(place, replica, str(index), ha="center", va="center", bbox=None if kept else halo)
+            for start in range(0, full, micro_batch):
+                corner, size = (start - 0.48, replica - 0.42), (micro_batch - 0.04, 0.84)
+                axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2))
+        axes.set_title(f"pass {number}", fontsize=10, loc="left")
+        axes.set_yticks(range(len(order)), [f"replica {replica}" for replica in range(len(order))])
+        axes.set_ylim(len(order) - 0.4, -0.6)
+        axes.set_xlim(-0.6, longest - 0.4)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    axes.set_xlabel("time; a box is a micro-batch, a number is an image")
+    left = sorted({len(indices) % micro_batch for order in orders for indices in order})
+    figure.description = (
+        f"{len(orders)} passes over the data by {len(orders[0])} replicas, in micro-batches of {micro_batch}; "
+        f"each reads {longest} images at most; so many fill no micro-batch: {' or '.join(map(str, left))}."
+    )
+    return figure
+
+
+@in_our_style
+def layers(costs: LayerCosts, border: int) -> Figure:
+    """Draw, layer by layer and side by side, what is kept, what is sent and what is computed.
+
+    Args:
+        costs: from ``pipetutor.costs.table.measure``.
+        border: the first layer of the second part of the model; each part's share of the whole is written beside it.
+    """
+    count = len(costs.layers)
+    parameters = [4e-6 * layer.parameters for layer in costs.layers]
+    outputs = [1e-6 * layer.output_bytes for layer in costs.layers]
+    forward = [1e3 * layer.forward for layer in costs.layers]
+    backward = [1e3 * layer.backward for layer in costs.layers]
+    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    figure = Picture(figsize=(9.5, 0.9 + 0.24 * count), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    left.barh(range(count), parameters, color=COLOURS[0], edgecolor="white")
+    middle.barh(range(count), outputs, color=COLOURS[2], hatch=HATCHES[2], edgecolor="white")
+    right.barh(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
+    right.barh(
+        range(count), backward, left=forward, color=COLOURS[1], hatch="///", edgecolor="white", label="backward"
+    )
+    titles = "weights, MB", "output, MB", "time, ms"
+    for axes, title, values in zip((left, middle, right), titles, (parameters, outputs, both), strict=True):
+        axes.set_title(f"{title} a micro-batch" if axes is not left else title, fontsize=10)
+        axes.axhline(border - 0.5, color="black", linewidth=1, linestyle="--")
+        for low, high in ((0, border), (border, count)):
+            share, place = sum(values[low:high]) / sum(values), (low + high - 1) / 2
+            axes.text(0.97, place, f"{share:.0%}", transform=axes.get_yaxis_transform(), ha="right", fontsize=15)
+        axes.set_xlim(0, 1.3 * max(values))
+        plain(axes)
+    names = [f"{layer.kind} {index:2d}" for index, layer in enumerate(costs.layers)]
+    left.set_yticks(range(count), names, fontsize=8)
+    left.set_ylim(count - 0.4, -0.6)
+    right.legend(frameon=False, fontsize=9, loc="lower right")
+    words = [
+        f"{sum(values[:border]) / sum(values):.0%} of the {name}"
+        for name, values in (("weights", parameters), ("outputs", outputs), ("time", both))
+    ]
+    figure.description = f"Layers 0 to {border - 1} of {count} have {', '.join(words)}."
+    return figure
+
+
+@in_our_style
+def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
+    """Draw how far each pipeline's gradients are from one process's, and where the controls are.
+
+    Args:
+        rows: of a ``pipetutor.certify.certificate.Certificate``.
+        tolerance: the relative difference above which a row fails, drawn as a line.
+    """
+    compared = [row for row in rows if "gradient" in row]
+    figure = Picture(figsize=(8, 1.2 + 0.26 * len(compared)), layout="constrained")
+    axes = figure.subplots()
+    least = 1e-9  # where an exact zero is drawn, which a logarithm has no place for
+    for place, row in enumerate(compared):
+        control = bool(row["control"])
+        value = row["gradient"]["relative"]
+        colour = COLOURS[1 if control else 0]
+        axes.hlines(place, least, max(value, least), color=colour, linewidth=1)
+        axes.plot(
+            max(value, least), place, "s" if control else "o", color=colour, fillstyle="full" if value else "none"
+        )
+    axes.axvline(tolerance, color="black", linestyle="--", linewidth=1)
+    axes.text(tolerance, -1, " fails beyond", va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(least / 3, 30)
+    ticks = [least, 1e-7, 1e-5, 1e-3, 1e-1, 1e1]
+    axes.set_xticks(ticks, ["equal to\nthe last bit", *(f"$10^{{{exponent}}}$" for exponent in (-7, -5, -3, -1, 1))])
+    axes.set_xlabel("largest difference of a gradient, relative to the largest entry of its tensor")
+    names = [
+        f"{row['model']}  P={row['stages']} M={row['micro_batches']} R={row['replicas']}"
+        + (f"  control: {row['control']}" if row["control"] else "")
+        for row in compared
+    ]
+    axes.set_yticks(range(len(compared)), names, fontsize=9)
+    axes.set_ylim(len(compared) - 0.5, -1.5)
+    axes.minorticks_off()
+    plain(axes)
+    right, wrong = ([r["gradient"]["relative"] for r in compared if bool(r["control"]) is c] for c in (False, True))
+    words = [f"Largest relative difference of a gradient in {len(right)} pipelines: {max(right, default=0):.1e}"]
+    words += [f"smallest in {len(wrong)} that are wrong on purpose: {min(wrong):.1e}"] if wrong else []
+    figure.description = f"{'; '.join(words)}; above {tolerance:.0e} a pipeline fails."
+    return figure
+
+
+@in_our_style
+def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str, float]] | None = None) -> Figure:
+    """Draw how fast each rival of a bench is: a bar up to the median, a line from the slowest run to the fastest.
+
+    The limit is a dashed line through all of them.
+
+    Args:
+        summary: of a ``benchmarks.bench.Bench``.
+        growth: of the same; drawn beside, where it was measured.
+    """
+    rivals = [row for row in summary if row["rival"] != "limit" and not row["rival"].startswith("load")]
+    bound = next((row["median"] for row in summary if row["rival"] == "limit"), None)
+    figure = Picture(figsize=(9.5, 1.1 + 0.4 * len(rivals)), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if growth else 1, squeeze=False, width_ratios=[3, 2] if growth else None)[0]
+    for place, row in enumerate(rivals):
+        ours = row["rival"] == "pipeline"
+        axes.barh(place, row["median"], 0.6, color=COLOURS[1 if ours else 0], hatch=HATCHES[ours], edgecolor="white")
+        axes.hlines(place, row["minimum"], row["maximum"], color="black", linewidth=2)
+        over = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the limit's line
+        axes.text(1.01 * row["maximum"], place, f"{row['median']:.1f}", va="center", fontsize=9, bbox=over)
+    if bound is not None:
+        axes.axvline(bound, color="black", linestyle="--", linewidth=1)
+        axes.text(bound, -0.6, f"limit {bound:.1f}", ha="center", va="bottom", fontsize=9)
+    axes.set_yticks(range(len(rivals)), [row["title"] for row in rivals], fontsize=9)
+    axes.set_ylim(len(rivals) - 0.5, -0.6)
+    axes.set_xlim(0, 1.12 * max([bound or 0, *(row["maximum"] for row in rivals)]))
+    axes.set_xlabel("images a second")
+    plain(axes)
+    if growth:
+        _growth(beside[0], growth)
+    words = [f"{row['title']} {row['median']:.1f}" for row in rivals] + ([f"limit {bound:.1f}"] if bound else [])
+    figure.description = f"Images a second, in the median: {', '.join(words)}."
+    if growth:
+        ends = [f"{growth[count]['median']:.1f} with M = {count}" for count in (min(growth), max(growth))]
+        figure.description += f" Beside it, ours over the number of micro-batches: from {' to '.join(ends)}."
+    return figure
+
+
+def _growth(axes: Axes, growth: Mapping[int, Mapping[str, float]]) -> None:
+    middles = [row["median"] for row in growth.values()]
+    ends = [[abs(row["median"] - row[end]) for row in growth.values()] for end in ("minimum", "maximum")]
+    axes.errorbar(list(growth), middles, ends, color=COLOURS[1], marker="o", label="ours")
+    if all("limit" in row for row in growth.values()):
+        limits = [row["limit"] for row in growth.values()]
+        axes.plot(list(growth), limits, "--", color="black", linewidth=1, label="limit")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(growth), [str(count) for count in growth])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("micro-batches M")
+    axes.legend(frameon=False, fontsize=9)
+    plain(axes)

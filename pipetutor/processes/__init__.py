@@ -1,0 +1,1 @@
+"""Starting ranks, watching them, and leaving none behind."""

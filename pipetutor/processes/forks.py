@@ -1,0 +1,79 @@
+"""Several ranks in forks of one process that has already loaded torch and DeepSpeed.
+
+A rank that DeepSpeed's launcher starts takes seconds to import them; a fork takes milliseconds. The parent
+must not have computed with torch: the threads that it computes with do not survive a fork.
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from pipetutor.processes.supervise import end_with
+
+
+def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int) -> None:
+    """Run in a forked process: what libraries print goes to a file, an exception to the parent."""
+    end_with(parent)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        answer.send((work(), ""))
+    except BaseException as error:
+        traceback.print_exc()
+        answer.send((None, f"{type(error).__name__}: {error}"))
+    sys.stdout.flush()
+    os._exit(0)  # no engine of a case is worth an orderly end, which can take seconds
+
+
+def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) -> list[Any]:
+    """Run functions at once, each in a fork of this process, and leave none of them running.
+
+    Args:
+        works: what to run.
+        log: where what they print is added.
+        seconds: how long to wait for the next answer.
+
+    Returns:
+        What they return, in their order.
+
+    Raises:
+        RuntimeError: one of them raised, ended without an answer, or none answered in time.
+    """
+    fork = multiprocessing.get_context("fork")
+    children, pipes = [], []
+    answers: list[Any] = [None] * len(works)
+    try:
+        for work in works:
+            here, there = fork.Pipe(duplex=False)
+            child = fork.Process(target=_in_child, args=(work, there, log, os.getpid()), daemon=True)
+            child.start()
+            there.close()
+            children.append(child)
+            pipes.append(here)
+        waiting = dict(zip(pipes, range(len(works)), strict=True))
+        while waiting:
+            ready = wait(list(waiting), timeout=seconds)
+            if not ready:
+                raise RuntimeError(f"no answer within {seconds:.0f} s from rank {min(waiting.values())}")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                index = waiting.pop(pipe)
+                try:
+                    answers[index], error = pipe.recv()
+                except EOFError:
+                    error = "it ended without an answer"
+                if error:
+                    raise RuntimeError(f"rank {index}: {error}")
+        return answers
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+        for pipe in pipes:
+            pipe.close()

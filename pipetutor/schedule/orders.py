@@ -1,0 +1,340 @@
+"""Pipeline schedules as pure data: which instruction a rank runs after which.
+
+A schedule is one stream of instructions for each rank, made by a generator. The checker, the pictures, the
+simulator and the tests read the same streams, and what DeepSpeed and torch run is held to them by tests.
+Standard library alone: it loads in milliseconds.
+
+A compute stream (``SCHEDULES``) names only the work; transfers happen in the background. A full
+stream (``deepspeed_1f1b``) names them too, and a send ends only together with its receive, as with gloo.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+STEP = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+PARTNERS = {
+    "SendActivation": ("RecvActivation", 1),
+    "RecvActivation": ("SendActivation", -1),
+    "SendGrad": ("RecvGrad", -1),
+    "RecvGrad": ("SendGrad", 1),
+}
+
+
+class Instruction(NamedTuple):
+    """One thing that a rank does.
+
+    Attributes:
+        name: DeepSpeed's name; ``BackwardInput`` and ``BackwardWeight`` are the halves of a ``BackwardPass``.
+        stage: of the model; with several chunks, rank r of P holds the stages r, r + P, r + 2P, ...
+        micro_batch: None for what concerns the whole step.
+    """
+
+    name: str
+    stage: int
+    micro_batch: int | None
+
+    def __str__(self) -> str:
+        number = "" if self.micro_batch is None else f" {self.micro_batch}"
+        return f"{self.name}{number} of stage {self.stage}"
+
+
+def require(ranks: int, micro_batches: int, rank: int) -> None:
+    """Raise ValueError unless there are such ranks and micro-batches."""
+    if ranks < 1 or micro_batches < 1:
+        raise ValueError(f"{ranks} ranks and {micro_batches} micro-batches: use at least 1 of each")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks} ranks: use 0 to {ranks - 1}")
+
+
+def _require_chunks(ranks: int, micro_batches: int, chunks: int) -> None:
+    if chunks < 2:
+        raise ValueError(f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2, or 1f1b for one")
+    if micro_batches % ranks:
+        raise ValueError(
+            f"{micro_batches} micro-batches are not a multiple of {ranks} ranks, which interleaving needs: "
+            f"use {(micro_batches // ranks + 1) * ranks} micro-batches"
+        )
+
+
+def _end(rank: int) -> Iterator[Instruction]:
+    yield Instruction("ReduceGrads", rank, None)
+    yield Instruction("OptimizerStep", rank, None)
+
+
+def naive(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
+    """One micro-batch at a time goes all the way forward and back: one rank works, the others wait.
+
+        F0 .  .  .  .  B0 F1 .  .  .  .  B1 F2 .  .  .  .  B2
+        .  F0 .  .  B0 .  .  F1 .  .  B1 .  .  F2 .  .  B2 .
+        .  .  F0 B0 .  .  .  .  F1 B1 .  .  .  .  F2 B2 .  .
+
+    Args:
+        ranks: the number of ranks P.
+        micro_batches: the number of micro-batches M.
+        rank: whose instructions.
+
+    Yields:
+        The rank's compute, then ``ReduceGrads`` and ``OptimizerStep``.
+
+    Raises:
+        ValueError: fewer than one rank or micro-batch, or no such rank.
+
+    >>> [instruction.name for instruction in naive(2, 1, 0)]
+    ['ForwardPass', 'BackwardPass', 'ReduceGrads', 'OptimizerStep']
+    """
+    require(ranks, micro_batches, rank)
+    for micro_batch in range(micro_batches):
+        yield Instruction("ForwardPass", rank, micro_batch)
+        yield Instruction("BackwardPass", rank, micro_batch)
+    yield from _end(rank)
+
+
+def gpipe(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
+    """All forward passes, then all backward passes (Huang et al., arXiv:1811.06965); as ``naive`` otherwise.
+
+    A rank keeps the activations of all M micro-batches.
+
+        F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
+        .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .
+        .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .
+    """
+    require(ranks, micro_batches, rank)
+    for name in ("ForwardPass", "BackwardPass"):
+        for micro_batch in range(micro_batches):
+            yield Instruction(name, rank, micro_batch)
+    yield from _end(rank)
+
+
+def _alternate(count: int, warm_up: int) -> Iterator[tuple[bool, int]]:
+    """Yield (forward?, number): ``warm_up`` forwards, then forward and backward in turn, then the backwards."""
+    for number in range(count + warm_up):
+        if number < count:
+            yield True, number
+        if number >= warm_up:
+            yield False, number - warm_up
+
+
+def one_f_one_b(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
+    """One forward, one backward (Narayanan et al., arXiv:2006.09503, 2104.04473); as ``naive`` otherwise.
+
+    Rank r sends P - r micro-batches ahead, then waits for the first gradient. It could send more, but that would not
+    shorten the step, only fill memory.
+
+        F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
+        .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .
+        .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
+    """
+    require(ranks, micro_batches, rank)
+    for forward, number in _alternate(micro_batches, min(ranks - 1 - rank, micro_batches)):
+        yield Instruction("ForwardPass" if forward else "BackwardPass", rank, number)
+    yield from _end(rank)
+
+
+def interleaved_1f1b(ranks: int, micro_batches: int, rank: int, chunks: int = 2) -> Iterator[Instruction]:
+    """1F1B with several chunks of the model on each rank (Narayanan et al., arXiv:2104.04473, Megatron-LM).
+
+    P micro-batches pass through a rank's first chunk, then through its second, and so on. Below, 2F0 is the
+    forward pass of stage 2, micro-batch 0; stages 0 and 2 are on rank 0.
+
+        0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1 .   2B2 .   2B3 0B2 0B3
+        .   1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3 .
+
+    Args:
+        ranks: the number of ranks P.
+        micro_batches: M, a multiple of P as in Megatron (torch allows a few more).
+        rank: whose instructions.
+        chunks: stages on each rank, v; at least 2.
+
+    Yields:
+        The rank's compute, then ``ReduceGrads`` and ``OptimizerStep``.
+
+    Raises:
+        ValueError: as ``naive``; or M is no multiple of P; or fewer than 2 chunks.
+
+    >>> [instruction.stage for instruction in interleaved_1f1b(2, 2, 1)][:4]
+    [1, 1, 3, 3]
+    """
+    require(ranks, micro_batches, rank)
+    _require_chunks(ranks, micro_batches, chunks)
+    count = chunks * micro_batches
+    for forward, number in _alternate(count, min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), count)):
+        chunk = number // ranks % chunks
+        micro_batch = number // (ranks * chunks) * ranks + number % ranks
+        if forward:
+            yield Instruction("ForwardPass", chunk * ranks + rank, micro_batch)
+        else:
+            yield Instruction("BackwardPass", (chunks - 1 - chunk) * ranks + rank, micro_batch)
+    yield from _end(rank)
+
+
+def zero_bubble(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
+    """ZB-H1 (Qi et al., arXiv:2401.10241, section 2.1); as ``naive`` otherwise.
+
+    1F1B, but only the input half of a backward pass, B, is urgent: the rank before waits for it. Rank r keeps
+    r weight halves, W, back and fills the end with them. So every rank keeps at most P micro-batches, as many
+    as rank 0 of 1F1B.
+
+        F0 F1 F2 .  .  B0 W0 F3 B1 W1 F4 B2 W2 B3 W3 B4 W4
+        .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 F4 B3 W2 B4 W3 W4
+        .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 F4 B4 W2 W3 W4
+    """
+    require(ranks, micro_batches, rank)
+    for forward, number in _alternate(micro_batches, min(ranks - 1 - rank, micro_batches)):
+        yield Instruction("ForwardPass" if forward else "BackwardInput", rank, number)
+        if not forward and number >= rank:
+            yield Instruction("BackwardWeight", rank, number - rank)
+    for number in range(max(micro_batches - rank, 0), micro_batches):
+        yield Instruction("BackwardWeight", rank, number)
+    yield from _end(rank)
+
+
+SCHEDULES: dict[str, Callable[..., Iterator[Instruction]]] = {
+    "naive": naive,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved_1f1b": interleaved_1f1b,
+    "zero_bubble": zero_bubble,
+}
+
+
+def require_schedule(schedule: str, ranks: int, micro_batches: int, chunks: int) -> None:
+    """Raise ValueError unless there is such a schedule for as many ranks, micro-batches and chunks."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: use {', '.join(SCHEDULES)}")
+    require(ranks, micro_batches, 0)
+    if schedule == "interleaved_1f1b":
+        _require_chunks(ranks, micro_batches, chunks)
+    elif chunks != 1:
+        raise ValueError(f"{chunks} chunks, but {schedule} has 1 on each rank: use interleaved_1f1b")
+
+
+def build(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> list[list[Instruction]]:
+    """Return the streams of all ranks.
+
+    Args:
+        schedule: a key of ``SCHEDULES``.
+        ranks: the number of ranks P.
+        micro_batches: the number of micro-batches M.
+        chunks: stages on each rank; more than 1 for ``interleaved_1f1b`` alone.
+
+    Returns:
+        One list of instructions for each rank.
+
+    Raises:
+        ValueError: no such schedule, or numbers that it does not take.
+
+    >>> len(build("1f1b", 4, 8))
+    4
+    """
+    require_schedule(schedule, ranks, micro_batches, chunks)
+    if schedule == "interleaved_1f1b":
+        return [list(interleaved_1f1b(ranks, micro_batches, rank, chunks)) for rank in range(ranks)]
+    return [list(SCHEDULES[schedule](ranks, micro_batches, rank)) for rank in range(ranks)]
+
+
+def deepspeed_1f1b(stages: int, micro_batches: int, stage: int) -> Iterator[Instruction]:
+    """1F1B with every load, send and receive, as DeepSpeed's ``TrainSchedule`` orders them.
+
+    A stage sends a result just before its next pass, and receives that pass's input: first out, then in. The
+    exception: where a gradient and an activation cross between two stages, both must let the same one go
+    first, or each would wait for the other. The gradient does:
+
+        stage s      F(f)  RecvGrad(b)  SendActivation(f)  B(b)
+        stage s + 1  B(b)  SendGrad(b)  RecvActivation(f)  F(f)
+
+    They cross when the stage holds as many micro-batches as 1F1B lets it: f - b = P - 1 - s.
+
+    Args:
+        stages: the number of stages P, one on each rank.
+        micro_batches: the number of micro-batches M.
+        stage: whose instructions.
+
+    Yields:
+        The stage's full stream; the first and the last stage load, for the last needs the labels.
+
+    Raises:
+        ValueError: fewer than one stage or micro-batch, or no such stage.
+
+    >>> [instruction.name for instruction in deepspeed_1f1b(2, 1, 1)][:3]
+    ['RecvActivation', 'LoadMicroBatch', 'ForwardPass']
+    """
+    first, last = stage == 0, stage == stages - 1
+    unsent: list[Instruction] = []
+    for work in one_f_one_b(stages, micro_batches, stage):
+        number = work.micro_batch
+        if number is None:
+            break
+        if work.name == "ForwardPass":
+            yield from unsent
+            if not first:
+                yield Instruction("RecvActivation", stage, number)
+            if first or last:
+                yield Instruction("LoadMicroBatch", stage, number)
+            yield work
+            unsent = [] if last else [Instruction("SendActivation", stage, number)]
+        else:
+            received = [] if last else [Instruction("RecvGrad", stage, number)]
+            cross = unsent == [Instruction("SendActivation", stage, number + stages - 1 - stage)]
+            yield from received + unsent if cross else unsent + received
+            yield work
+            unsent = [] if first else [Instruction("SendGrad", stage, number)]
+    yield from unsent
+    yield Instruction("ReduceTiedGrads", stage, None)
+    yield from _end(stage)
+
+
+# --- how large the bubble is when all stages cost the same ----------------------------------------------------------
+
+FORMULAS = {
+    "naive": "(P-1)/P",
+    "gpipe": "(P-1)/(M+P-1)",
+    "1f1b": "(P-1)/(M+P-1)",
+    "interleaved_1f1b": "(P-1)/(vM+P-1)",
+    "zero_bubble": "(P-1)/(3M+P-1)",
+}
+
+
+def idle_share(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> tuple[int, int]:
+    """Return how many of how many slots of a step a rank idles, where all stages cost the same and transfers nothing.
+
+    With P ranks, M micro-batches and v chunks, for any ratio of forward to backward: naive (P-1)/P; gpipe, 1f1b
+    and interleaved_1f1b (P-1)/(vM+P-1) (Narayanan et al., arXiv:2104.04473, section 2.2, which divides by the
+    work, not by the step). zero_bubble, for T_F = T_B = T_W: (P-1)/(3M+P-1), from the bubble
+    (P-1)(T_F+T_B-T_W) of Qi et al., arXiv:2401.10241, which ZB-H1 has when T_W is at most T_F and T_B.
+
+    Args:
+        schedule: a key of ``SCHEDULES``.
+        ranks: P.
+        micro_batches: M.
+        chunks: v, stages on each rank; 1 except for interleaved_1f1b.
+
+    Returns:
+        Numerator and denominator of the formula.
+
+    Raises:
+        ValueError: no such schedule, or numbers that it does not take; zero_bubble with M < P, where the weight
+            passes cannot fill the end.
+
+    >>> idle_share("gpipe", 4, 9)
+    (3, 12)
+    """
+    require_schedule(schedule, ranks, micro_batches, chunks)
+    if schedule == "naive":
+        return ranks - 1, ranks
+    if schedule != "zero_bubble":
+        return ranks - 1, chunks * micro_batches + ranks - 1
+    if micro_batches < ranks:
+        raise ValueError(
+            f"zero_bubble has no closed form for {micro_batches} micro-batches on {ranks} ranks: use {ranks} or more"
+        )
+    return ranks - 1, 3 * micro_batches + ranks - 1
+
+
+def closed_form(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> float:
+    """Return ``idle_share`` as a number from 0 to 1.
+
+    >>> closed_form("gpipe", 4, 9)
+    0.25
+    """
+    idle, slots = idle_share(schedule, ranks, micro_batches, chunks)
+    return idle / slots

@@ -1,0 +1,195 @@
+"""The certificate passes for DeepSpeed as it is, and for no pipeline that computes something else."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import HANGS, processes_of
+
+from pipetutor.certify.certificate import Certificate, _brief, certify
+from pipetutor.certify.proof import CONTROLS, MARGIN, STEPS, TOLERANCE, Case, build_model, compare, judge
+
+CASE = Case("vgg", stages=2, micro_batches=4, replicas=1)
+CONTROL = Case("vgg", stages=2, micro_batches=4, replicas=1, control="summed")
+
+
+def found(case=CASE, **changed):
+    """The row of two ranks that agree with the reference, with some of what they report changed on stage 1."""
+    same = {"absolute": 0.0, "relative": 0.0, "factor": 1.0}
+    ranks = [
+        {"stage": stage, "losses": [2.0] * STEPS} | {part: dict(same) for part in ("initial", "gradient", "final")}
+        for stage in (0, 1)
+    ]
+    for part, value in changed.items():
+        ranks[1][part] = value if part == "losses" else same | value
+    return judge(case, ranks, [2.0] * STEPS)
+
+
+def test_equal_is_equal():
+    row = found()
+    assert row["equal"] and row["reason"] == "" and row["loss"] == {"absolute": 0.0, "relative": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"initial": {"absolute": 1e-9, "relative": 1e-9}}, "stage 1 did not begin with the reference's weights"),
+        ({"gradient": {"relative": 3.0, "factor": 4.0}}, "gradients of stage 1 are 4 times what they should be"),
+        ({"final": {"relative": 2e-5}}, "the gradients agree, and the updated parameters do not"),
+        ({"losses": [2.0, 2.0, 2.1]}, "the parameters agree, and the losses do not"),
+        ({"losses": [2.0, 2.0, float("nan")]}, "the parameters agree, and the losses do not"),
+    ],
+)
+def test_what_differs_is_named(changed, reason):
+    row = found(**changed)
+    assert not row["equal"] and row["reason"] == reason
+
+
+def test_a_certificate_without_a_pipeline_does_not_pass(tmp_path):
+    """All of them skipped for want of memory, say: controls alone prove nothing."""
+    control = found(CONTROL, gradient={"relative": 3.0, "factor": 4.0})
+    assert Certificate([found(), control], [], tmp_path).passed
+    assert not Certificate([control], [], tmp_path).passed
+
+
+def test_rounding_is_no_difference():
+    assert found(gradient={"absolute": 1e-7, "relative": 9e-6}, final={"relative": 9e-6})["equal"]
+
+
+def test_what_passes_is_a_thousandth_of_what_a_control_must_be_wrong_by():
+    """A control that is only just beyond the tolerance shows nothing: rounding may come as far."""
+    assert MARGIN == 1000
+    for part in ("initial", "gradient", "final"):
+        assert not found(**{part: {"relative": 2 * TOLERANCE}})["equal"]
+        assert found(CONTROL, **{part: {"relative": 2 * TOLERANCE}})["equal"], "found out by little"
+        assert not found(CONTROL, **{part: {"relative": 2 * MARGIN * TOLERANCE}})["equal"]
+
+
+def test_a_control_that_could_not_run_is_not_found_out(tmp_path):
+    crashed = vars(CONTROL) | {"equal": False, "reason": "RuntimeError: rank 0 is gone"}
+    certificate = Certificate([found(), crashed], [], tmp_path)
+    assert not certificate.passed and "0 of 1 controls were found out" in certificate.verdict
+    assert "FAILED: RuntimeError: rank 0 is gone" in str(certificate) and "FAILED" in _brief(crashed)
+
+
+def test_the_bar_says_of_a_control_that_it_was_found_out():
+    """It is the last thing that the bar says, above a table that passed."""
+    control = found(CONTROL, gradient={"relative": 3.0, "factor": 4.0})
+    assert _brief(control) == "vgg P=2 M=4 R=1 control summed: found out"
+    assert _brief(found()) == "vgg P=2 M=4 R=1 equal"
+
+
+def test_one_wrong_entry_among_many_tensors_is_found():
+    expected = {"a": torch.ones(1000), "b": torch.full((10,), 1e-3)}
+    wrong = {name: tensor.clone() for name, tensor in expected.items()}
+    wrong["b"][7] += 1e-6
+    difference = compare(wrong, expected)
+    assert difference.absolute == pytest.approx(1e-6, rel=1e-3) and difference.relative == pytest.approx(
+        1e-3, rel=1e-3
+    )
+    wrong["a"][3] = float("nan")
+    assert compare(wrong, expected).relative == float("inf")
+    assert compare(expected, wrong).relative == float("inf"), "nor does anything equal a reference that has one"
+
+
+def test_the_models_begin_the_same_and_have_no_dropout():
+    first, second, other = (build_model("vgg", seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    images = torch.randn(2, 3, 224, 224)
+    assert torch.equal(first(images), second(images)), "dropout is on"
+
+
+def test_the_pipeline_is_right_and_the_controls_are_not(runs):
+    """From a cell; AlexNet and all of the topologies are in the default set, which `make prove` runs."""
+    certificate = certify(["vgg"], stages=[1, 3, 4], micro_batches=[1, 4], replicas=[1, 2], runs_dir=runs)
+    assert certificate.passed, str(certificate)
+    assert [row["equal"] for row in certificate.rows] == [True] * 12 + [False] * 3
+    for row in certificate.rows[:12]:
+        assert row["initial"]["absolute"] == 0.0, "the initial weights depend on the number of stages"
+        assert max(row[part]["relative"] for part in ("gradient", "final", "loss")) <= TOLERANCE
+        if row["micro_batches"] == 1:
+            assert row["gradient"]["absolute"] == 0.0, "one micro-batch a replica: nothing is added in another order"
+    by_topology = {(row["micro_batches"], row["replicas"]): row["gradient"] for row in certificate.rows[:12]}
+    for row in certificate.rows[:12]:
+        same = by_topology[row["micro_batches"], row["replicas"]]
+        assert row["gradient"] == same, "the number of stages changes no bit of a gradient"
+    reasons = {row["control"]: row["reason"] for row in certificate.rows[12:]}
+    assert reasons == {
+        "summed": "gradients of stage 0, 1 are 4 times what they should be",
+        "scaled": "gradients of stage 0 are 0.25 times what they should be",
+        "weights": "stage 1 did not begin with the reference's weights",
+    }
+    assert set(reasons) == set(CONTROLS)
+    assert json.loads((certificate.directory / "certificate.json").read_text())["passed"] is True
+    said = str(certificate)
+    assert "PASSED: 12 of 12 pipelines equal one process, 3 of 3 controls were found out" in said
+    assert not processes_of(runs.parent)
+
+
+BROKEN = """
+    import functools, json, sys
+    from pathlib import Path
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from pipetutor.certify.proof import Case, prove
+
+    {patch}
+    if __name__ == "__main__":
+        print(json.dumps(list(prove([Case("vgg", 2, 4, 1), Case("vgg", 1, 1, 2)], Path(sys.argv[1])))))
+"""
+
+
+def broken(folder, monkeypatch, patch):
+    """The rows of two cases, with DeepSpeed changed before the ranks are forked."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (folder / "broken.py").write_text(textwrap.dedent(BROKEN).format(patch=patch))
+    command = [sys.executable, str(folder / "broken.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "patch, reasons",
+    [
+        (
+            "DeepSpeedEngine.backward = functools.partialmethod(DeepSpeedEngine.backward, scale_wrt_gas=False)",
+            ["gradients of stage 0, 1 are 4 times what they should be", ""],
+        ),
+        (
+            "DeepSpeedEngine.allreduce_gradients = lambda self, bucket_size=0: None",
+            ["", "gradients of stage 0 are"],
+        ),
+    ],
+    ids=["not averaged over micro-batches", "not averaged over replicas"],
+)
+def test_it_fails_without_deepspeeds_averaging(tmp_path, monkeypatch, patch, reasons):
+    for row, reason in zip(broken(tmp_path, monkeypatch, patch), reasons, strict=True):
+        assert row["reason"].startswith(reason) and row["equal"] == (not reason)
+
+
+def test_a_rank_that_fails_is_a_row_that_says_so(tmp_path, monkeypatch):
+    rows = broken(tmp_path, monkeypatch, "PipelineEngine.train_batch = lambda self, data_iter: 1 / 0")
+    assert [row["equal"] for row in rows] == [False, False]
+    assert "ZeroDivisionError: division by zero" in rows[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--models", "resnet18"], "models is ['resnet18'], but must be a list, each item one of alexnet, vgg"),
+        (
+            ["--stages", "0,1"],
+            "stages is [0, 1], but must be a list, each item a whole number of at least 1 and at most 4",
+        ),
+    ],
+)
+def test_the_command_refuses_bad_input_with_status_2(arguments, words, tmp_path):
+    command = [sys.executable, "-m", "pipetutor.certify", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 2 and words in done.stderr and not list(tmp_path.iterdir())

@@ -1,0 +1,80 @@
+"""Every test image counts once, at any number of stages, replicas and images in a micro-batch."""
+
+import pytest
+import torch
+from conftest import SMALL, train
+
+from pipetutor import weights
+from pipetutor.core.evaluate import share
+from pipetutor.core.layers import build
+from pipetutor.data import loader
+from pipetutor.data.fetch import DATA_DIR
+
+SIZE = 37
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 37])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_every_image_is_in_one_share(size, micro_batch, replicas):
+    shares = [share(size, micro_batch, replicas, replica) for replica in range(replicas)]
+    assert len({tuple(indices.shape) for indices in shares}) == 1, "replicas of different length wait for ever"
+    assert shares[0].shape[1] == micro_batch
+    together = torch.cat([indices.flatten() for indices in shares])
+    assert sorted(i for i in together.tolist() if i < size) == list(range(size))
+    assert len(together) < size + micro_batch * replicas
+
+
+def few_test_images():
+    whole = loader.load
+
+    def cut(dataset, train, *args):
+        found = whole(dataset, train, *args)
+        if not train:
+            found.data, found.targets = found.data[:SIZE], found.targets[:SIZE]
+        return found
+
+    loader.load = cut
+
+
+def test_every_topology_finds_the_number_that_one_process_finds(runs):
+    """Nothing divides 37 images: not micro-batches of 4, not 2 replicas."""
+    config = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}
+    common = dict(config=config, patch=few_test_images)
+    first = ["-s", "6", "--dropout", "0", "--save-every", "6", "--eval-every", "3"]
+    trained = train(runs / "a", *first, **common)
+    weights.export(trained.directory, runs / "weights.pt")
+    model = build("alexnet").eval()
+    weights.load_weights(model, runs / "weights.pt")
+    testset = loader.load("synthetic", False, -1, DATA_DIR)
+    with torch.no_grad():
+        logits = torch.cat([model(testset[i][0][None]) for i in range(SIZE)])
+    labels = torch.tensor(testset.targets[:SIZE])
+    correct = int((logits.argmax(1) == labels).sum())
+    best, second = logits.topk(2).values.unbind(1)
+    unsure = int((best - second < 1e-5).sum())  # rounding, which differs with the images beside it, decides these
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert 0 < correct < SIZE
+    assert [e["step"] for e in trained.evaluations] == [3, 6]
+    resumed = ["-s", "6", "--resume", runs / "a", "--eval-every", "100"]
+    for stages, replicas in ((0, 1), (0, 2), (1, 1), (2, 1), (4, 1), (2, 2)):
+        run = train(runs / f"p{stages}r{replicas}", *resumed, stages=stages, replicas=replicas, **common)
+        (found,) = run.evaluations
+        assert (found["step"], found["images"]) == (6, SIZE), (stages, replicas)
+        assert abs(found["correct"] - correct) <= unsure, (stages, replicas)
+        torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(loss))
+        assert run.accuracy == found["correct"] / SIZE
+    assert abs(trained.evaluations[-1]["correct"] - correct) <= unsure < SIZE / 4
+
+
+def test_evaluation_does_not_disturb_training(runs):
+    """Dropout is on: evaluating must neither draw its random numbers nor leave the model in another mode."""
+    plain = train(runs / "plain", "-s", 3, stages=2, config=SMALL, patch=few_test_images)
+    watched = train(runs / "watched", "-s", 3, "--eval-every", 1, stages=2, config=SMALL, patch=few_test_images)
+    assert watched.losses == plain.losses and len(watched.evaluations) == 3
+
+
+def test_a_run_without_evaluation_has_no_accuracy(runs):
+    run = train(runs, "-s", 1, "--model", "mobilenet_v3_small")
+    with pytest.raises(ValueError, match="eval_every=N"):
+        _ = run.accuracy

@@ -1,0 +1,63 @@
+"""Recomputing changes nothing but the work: the same weights, running statistics and masks, on both engines."""
+
+import functools
+
+import pytest
+import torch
+from conftest import SMALL_SGD, run
+
+from pipetutor.core import engine
+from pipetutor.core.config import read_config
+from pipetutor.core.layers import build
+from pipetutor.core.torch_engine import TorchPipeline
+from pipetutor.preflight import preflight
+from pipetutor.system.gpus import Gpus
+
+STEPS, MICRO_BATCHES, IMAGE, BOUNDS = 2, 2, (3, 64, 64), [0, 6, 19]
+PIPELINE = {"pipe_partitioned": True, "use_reentrant": True}
+
+
+def micro_batches():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield [torch.randn(2, *IMAGE, generator=generator), torch.randint(10, (2,), generator=generator)]
+
+
+def rank(name, recompute, dropout):
+    """Return the losses, the state at the end, and how often the first layer ran; BatchNorm in both stages."""
+    torch.manual_seed(0)
+    net, runs = build("mobilenet_v3_small", dropout=dropout), []
+    config = read_config(SMALL_SGD)
+    if name == "torch":
+        pipe = TorchPipeline(net, "1f1b", BOUNDS, config, recompute, IMAGE)
+        state = pipe.model_state
+    else:
+        pipe = engine.pipeline(net, 2, ",".join(map(str, BOUNDS)), config | {"pipeline": PIPELINE}, recompute)
+        assert pipe.config["pipeline"] == PIPELINE
+        state = functools.partial(engine.model_state, pipe)
+    for module in (net.features[0], net.features[6]):
+        module.register_forward_hook(lambda *_: runs.append(1))
+    data = micro_batches()
+    losses = [pipe.train_batch(data).item() for _ in range(STEPS)]
+    return losses, {key: value.detach() for key, value in state().items()}, len(runs)
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "torch"])
+def test_recomputing_changes_no_bit(name, tmp_path):
+    """With dropout, whose masks are drawn again: losses, weights and running statistics are equal to the last bit."""
+    kept, again = (run(tmp_path, 2, rank, name, recompute, 0.5) for recompute in (False, True))
+    without = run(tmp_path, 2, rank, name, False, 0.0)
+    assert kept[0][0] != without[0][0], "dropout is on"
+    for (losses, state, runs), (losses_again, state_again, runs_again) in zip(kept, again, strict=True):
+        assert losses == losses_again
+        torch.testing.assert_close(state_again, state, rtol=0, atol=0)
+        counts = [value.item() for key, value in state_again.items() if key.endswith("num_batches_tracked")]
+        assert counts and set(counts) == {STEPS * MICRO_BATCHES}
+        assert (runs, runs_again) == (STEPS * MICRO_BATCHES, 2 * STEPS * MICRO_BATCHES)
+
+
+def test_deepspeeds_own_recomputing_is_refused():
+    given = dict(ranks=2, stages=2, steps=1, model="alexnet", dataset="synthetic", partition="0,16,22")
+    config = read_config(SMALL_SGD | {"pipeline": {"activation_checkpoint_interval": 1}})
+    with pytest.raises(ValueError, match=r"activation_checkpoint_interval.*recompute=True"):
+        preflight(**given, config=config, backend=None, gpus=Gpus(0))

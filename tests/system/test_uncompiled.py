@@ -1,0 +1,92 @@
+"""A rank starts without torch's compiler, and whoever wants the compiler finds it."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import HANGS, SMALL_SGD, train
+
+
+def code(text: str) -> str:
+    """Run this in a process of its own, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def note_the_compiler():
+    """In each rank, a file for each part of the compiler that is loaded when it ends its last step."""
+    import os
+    from pathlib import Path
+
+    from pipetutor import train as module
+
+    end = module.dist.destroy_process_group
+
+    def noted():
+        loaded = {"sympy", "torch._inductor"} & sys.modules.keys()
+        Path(f"loaded_by_rank{os.environ['RANK']}").write_text(" ".join(sorted(loaded)))
+        end()
+
+    module.dist.destroy_process_group = noted
+
+
+@pytest.mark.parametrize("stages, replicas, optimizer", [(2, 1, "AdamW"), (0, 2, "SGD")])
+def test_a_rank_trains_without_the_compiler(runs, stages, replicas, optimizer):
+    config = SMALL_SGD | {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}}
+    run = train(
+        runs,
+        *("-s", 2, "--model", "mobilenet_v3_small", "--eval-every", 2),
+        stages=stages,
+        replicas=replicas,
+        config=config,
+        patch=note_the_compiler,
+    )
+    assert len(run.losses) == 2
+    assert [(runs / f"loaded_by_rank{rank}").read_text() for rank in (0, 1)] == ["", ""]
+
+
+def test_the_compiler_comes_when_it_is_wanted():
+    said = code(
+        """
+        import sys
+        from pipetutor.system.uncompiled import torchvision
+        import torch
+        before = "sympy" in sys.modules
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.AdamW([parameter], lr=0.5)
+        (2 * parameter).backward(torch.ones(2))
+        optimizer.step()
+        still = "sympy" in sys.modules
+        double = torch.compile(lambda x: 2 * x, backend="eager")
+        print(before, still, parameter.tolist(), double(torch.ones(2)).tolist(), torch._dynamo.__file__ is not None)
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        optimizer.step()
+    """.replace("\n        ", "\n")
+    )
+    assert said.split(" ", 2)[:2] == ["False", "False"]
+    assert said.endswith("[2.0, 2.0] True\n")
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "from torch._dynamo import config as it",
+        "import torch._dynamo.utils; from torch._dynamo.utils import counters as it",
+        "from torch.fx.experimental.symbolic_shapes import ShapeEnv as it",
+        "import torch; it = torch._dynamo.optimize",
+        "from torchvision.ops.roi_align import is_compile_supported; it = is_compile_supported('cpu')",
+    ],
+)
+def test_every_way_to_it_leads_to_the_real_modules(wanted):
+    assert code(f"from pipetutor.system.uncompiled import torchvision\n{wanted}\nprint(it is not None)") == "True\n"
+
+
+def test_one_that_is_loaded_already_stays():
+    said = code("""
+import torch._dynamo, torch.fx.experimental.symbolic_shapes, sys
+before = sys.modules["torch._dynamo"], sys.modules["torch.fx.experimental.symbolic_shapes"]
+import pipetutor.system.uncompiled
+print(before == (sys.modules["torch._dynamo"], sys.modules["torch.fx.experimental.symbolic_shapes"]))
+""")
+    assert said == "True\n"
