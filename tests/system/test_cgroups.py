@@ -130,7 +130,7 @@ def test_the_machine_is_described_as_the_container_that_it_is(fake):
     assert found["memory"][0] == "3 GiB" and "container" in found["memory"][1]
 
 
-HERE = "import os, subprocess, sys\nfrom pipetutor import cgroups, machine\nbefore = cgroups.oom_kills()\n"
+HERE = "import os, subprocess, sys\nfrom pipetutor.system import cgroups, machine\nbefore = cgroups.oom_kills()\n"
 GREEDY = [sys.executable, "-c", "bytearray(400 * 2**20)"]
 
 
