@@ -20,7 +20,8 @@ from pipetutor.core.config import read_config
 from pipetutor.core.partition import bounds_for, catalog
 from pipetutor.costs import profile
 from pipetutor.data import fetch
-from pipetutor.preflight import preflight
+from pipetutor.options import Options
+from pipetutor.preflight import World, preflight
 from pipetutor.processes.watch import Parser, ending_with_a_status, run_job
 from pipetutor.system import machine
 from pipetutor.system.gpus import gpus
@@ -234,20 +235,9 @@ def bench(
         rivals, left_out = [name for name in rivals if name != "bf16"], SLOW_BF16
         if not rivals:
             raise ValueError(f"{SLOW_BF16}; compare other rivals: pipeline, say")
-    config = read_config({"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch})
+    config = {"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch}
     for stages in (STAGES, 0):  # a pipeline, and as many replicas
-        preflight(
-            ranks=STAGES,
-            stages=stages,
-            steps=steps,
-            model="alexnet",
-            dataset="synthetic",
-            partition="parameters",
-            config=config,
-            backend=None,
-            gpus=gpus(STAGES),
-            seed=SEED,
-        )
+        preflight(Options(stages=stages, steps=steps, config=config), World(STAGES, STAGES, gpus(STAGES)))
     if train_batch // micro_batch < STAGES:
         raise ValueError(
             f"train batch {train_batch} is {train_batch // micro_batch} micro-batch of {micro_batch}, but torch's "

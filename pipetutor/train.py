@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,24 @@ from torch import nn
 
 from pipetutor.core import checkpoint, records
 from pipetutor.core.batch import explain
-from pipetutor.core.config import DTYPES, read_config
-from pipetutor.core.engine import data_parallel, pipeline, release_inputs, say
+from pipetutor.core.deepspeed_engines import DataParallel, Pipeline
+from pipetutor.core.engine import Batches, say
 from pipetutor.core.layers import build, join_layers
 from pipetutor.core.loop import Loop
-from pipetutor.core.partition import METHODS, PROFILE
+from pipetutor.core.observer import Observer
+from pipetutor.core.plan import Plan
 from pipetutor.costs import profile
 from pipetutor.data import fetch
-from pipetutor.data.fetch import DATA_DIR, DATA_DIR_HELP, DataError
+from pipetutor.data.fetch import DataError
 from pipetutor.data.loader import cifar_testset, cifar_trainset
-from pipetutor.preflight import BACKENDS, DATASET_SIZES, ENGINES, TRANSFORMS, Plan, preflight
-from pipetutor.processes import faults
+from pipetutor.options import PROFILE, Options, parser
+from pipetutor.preflight import World, preflight
 from pipetutor.processes.agreement import Refused, agree
 from pipetutor.processes.environment import free_port
+from pipetutor.processes.faults import Fault, Injector
 from pipetutor.processes.heartbeat import Heartbeat
 from pipetutor.processes.supervise import end_when_asked
-from pipetutor.processes.watch import Parser, RunFailed
-from pipetutor.schedule.orders import SCHEDULES
+from pipetutor.processes.watch import RunFailed
 from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
@@ -50,14 +50,6 @@ from pipetutor.tracing.trace import Recorder
 from pipetutor.weights import load_weights
 
 __all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
-
-
-def _path(text: str) -> Path:
-    try:
-        check("it", text, "path")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,39 +61,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: a flag is unknown, or its value has the wrong type.
     """
-    parser = Parser(
-        prog="pipetutor.train", description="train AlexNet, or another model of torchvision, in a pipeline"
-    )
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("-s", "--steps", type=int, default=100, help="train batches to run (default 100)")
-    parser.add_argument(
-        "-p",
-        "--pipeline-parallel-size",
-        type=int,
-        default=2,
-        help="pipeline stages; 0: data-parallel baseline",
-    )
-    parser.add_argument("--backend", help=f"{' or '.join(BACKENDS)} (default: nccl where every rank has a GPU)")
-    parser.add_argument("--seed", type=int, default=1138, help="of weights, dropout and data order")
-    parser.add_argument("--dataset", default="synthetic", help=f"{' or '.join(DATASET_SIZES)} (default synthetic)")
-    parser.add_argument("--data-dir", default=DATA_DIR, help=DATA_DIR_HELP)
-    parser.add_argument("--model", default="alexnet", help="a torchvision model that join_layers can flatten")
-    parser.add_argument("--partition", default="parameters", help=METHODS)
-    parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
-    parser.add_argument("--run-dir", type=_path, help="record the run there: a new one, or that which is resumed")
-    parser.add_argument("--eval-every", type=int, help="evaluate on the test set every N steps and at the end")
-    parser.add_argument("--save-every", type=int, help="save into the run directory every N steps and at the end")
-    parser.add_argument("--resume", type=_path, help="a checkpoint, or a run directory: go on from its newest")
-    parser.add_argument("--weights", type=_path, help="start from this torchvision state_dict")
-    parser.add_argument("--dtype", help=f"{' or '.join(DTYPES)} (default: what the config says, else fp32)")
-    parser.add_argument("--transforms", default="batched", help=f"{' or '.join(TRANSFORMS)} (default batched)")
-    parser.add_argument("--engine", default="deepspeed", help=f"{' or '.join(ENGINES)} (default deepspeed)")
-    parser.add_argument("--schedule", default="1f1b", help=f"{', '.join(SCHEDULES)} (default 1f1b)")
-    parser.add_argument("--chunks", type=int, default=1, help="stages a rank, for interleaved_1f1b (default 1)")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing of each stage")
-    parser.add_argument("--trace", action="store_true", help="time every instruction, into the run directory")
-    parser.add_argument("--fault", help=f"inject a fault ({', '.join(faults.KINDS)}), as in {faults.EXAMPLE}")
-    return deepspeed.add_config_arguments(parser).parse_args(argv)
+    return deepspeed.add_config_arguments(parser()).parse_args(argv)
 
 
 def _local_ranks() -> int:
@@ -111,64 +71,50 @@ def _local_ranks() -> int:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check the arguments against this job and this host; see ``preflight``."""
-    check("data_dir", args.data_dir, "path")
+    ranks, here = int(os.environ.get("WORLD_SIZE", "1")), _local_ranks()
     check("--master_port", int(os.environ.get("MASTER_PORT", "29500")), whole(1, 65535, 29501))
-    plan = preflight(
-        ranks=int(os.environ.get("WORLD_SIZE", "1")),
-        local_ranks=_local_ranks(),
-        stages=args.pipeline_parallel_size,
-        steps=args.steps,
-        model=args.model,
-        dataset=args.dataset,
-        partition=args.partition,
-        config=read_config(args.deepspeed_config, args.dtype),
-        backend=args.backend,
-        gpus=gpus(_local_ranks()),
-        dropout=args.dropout,
-        seed=args.seed,
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-        resume=args.resume,
-        weights=args.weights,
-        fault=args.fault,
-        transforms=args.transforms,
-        engine=args.engine,
-        schedule=args.schedule,
-        chunks=args.chunks,
-        recompute=args.recompute,
-    )
+    plan = preflight(Options.typed(args, ranks), World(ranks, here, gpus(here)))
     # The files of a host are those of all its ranks: its first rank looks.
-    if args.weights and os.environ.get("LOCAL_RANK", "0") == "0":
-        _model(args)
+    if plan.options.weights and os.environ.get("LOCAL_RANK", "0") == "0":
+        _model(plan.options)
     return plan
 
 
-def _common(args: argparse.Namespace) -> dict[str, Any]:
+def _agreed(args: argparse.Namespace) -> Plan:
+    """Return the plan that all ranks have agreed on; a script of one's own that has no ``main`` makes it here."""
+    return getattr(args, "plan", None) or make_plan(args)
+
+
+def _common(plan: Plan) -> dict[str, Any]:
     """Return what must be the same on every rank; files may have other names elsewhere: their content counts."""
-    own = ("local_rank", "backend", "data_dir", "run_dir", "resume", "weights", "deepspeed_config")
-    words = {name: value for name, value in vars(args).items() if name not in own}
-    config = read_config(args.deepspeed_config, args.dtype)
-    found = words | {f"{name} of the config": value for name, value in config.items()}
+    options = plan.options
+    found = options.common() | {f"{name} of the config": value for name, value in plan.config.items()}
     found |= {f"version of {name}": value for name, value in versions().items()}
-    if args.resume:
-        found["checkpoint"] = json.loads((checkpoint.find(args.resume) / checkpoint.MANIFEST).read_text())["files"]
-    if args.weights and os.environ["LOCAL_RANK"] == "0":
-        with open(args.weights, "rb") as file:
+    if options.resume:
+        manifest = json.loads((checkpoint.find(options.resume) / checkpoint.MANIFEST).read_text())
+        found["checkpoint"] = manifest["files"]
+    if options.weights and os.environ["LOCAL_RANK"] == "0":
+        with open(options.weights, "rb") as file:
             found["sha256 of the weights"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-def _model(args: argparse.Namespace) -> nn.Module:
-    model = build(args.model, dropout=args.dropout)
-    if args.weights:
-        load_weights(model, args.weights)
+def _model(options: Options) -> nn.Module:
+    model = build(options.model, dropout=options.dropout)
+    if options.weights:
+        load_weights(model, options.weights)
     return model
 
 
-def _recorder(args: argparse.Namespace) -> Recorder | None:
-    """Return the recorder of a run that is traced; made ahead of the model, whose memory it tells apart."""
-    device = torch.device(deepspeed.get_accelerator().current_device_name())
-    return Recorder(args.run_dir, dist.get_rank(), device) if args.trace else None
+def _observers(options: Options) -> list[Observer]:
+    """Return who looks on; made ahead of the model, from whose memory a recorder tells what was there before."""
+    rank, directory = dist.get_rank(), options.run_dir
+    found: list[Observer] = [Heartbeat(directory, rank)]
+    if options.trace and directory:
+        found.append(Recorder(directory, rank, torch.device(deepspeed.get_accelerator().current_device_name())))
+    if options.fault:
+        found.append(Injector(Fault.parse(options.fault), rank))
+    return found
 
 
 def train_base(args: argparse.Namespace) -> Any:
@@ -180,13 +126,14 @@ def train_base(args: argparse.Namespace) -> Any:
     Returns:
         The DeepSpeed engine, trained for ``args.steps`` train batches.
     """
+    plan = _agreed(args)
     torch.manual_seed(args.seed)
-    recorder = _recorder(args)
-    engine = data_parallel(_model(args), read_config(args.deepspeed_config, args.dtype))
-    criterion = nn.CrossEntropyLoss()
+    observers = _observers(plan.options)
+    base = DataParallel(_model(plan.options), plan.config)
+    engine, criterion = base.deepspeed, nn.CrossEntropyLoss()
     accumulation = engine.gradient_accumulation_steps()
 
-    def one_step(micro_batches: Iterator[list[torch.Tensor]]) -> torch.Tensor:
+    def train_batch(micro_batches: Batches) -> torch.Tensor:
         total = torch.zeros((), device=engine.device)
         for _ in range(accumulation):
             images, labels = next(micro_batches)
@@ -197,7 +144,7 @@ def train_base(args: argparse.Namespace) -> Any:
         dist.all_reduce(total)
         return total / (accumulation * dist.get_world_size())
 
-    Loop(args, engine, recorder).run(one_step)
+    Loop(plan, base, observers).run(train_batch)
     return engine
 
 
@@ -212,25 +159,22 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
         part: where to cut: a method of DeepSpeed, or bounds such as ``0,16,22``.
 
     Returns:
-        The DeepSpeed pipeline engine, trained for ``args.steps`` train batches.
+        The DeepSpeed pipeline engine, trained for ``args.steps`` train batches; torch's with ``--engine torch``.
     """
+    plan = _agreed(args)
     deepspeed.runtime.utils.set_random_seed(args.seed)
-    recorder, config = _recorder(args), read_config(args.deepspeed_config, args.dtype)
-    if args.engine == "torch":
+    observers, options = _observers(plan.options), plan.options
+    model = _model(options)
+    if options.engine == "torch":
         from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
 
         bounds = [int(bound) for bound in part.split(",")]
-        engine = TorchPipeline(_model(args), args.schedule, bounds, config, args.recompute)
-    else:
-        engine = pipeline(_model(args), args.pipeline_parallel_size, part, config, args.recompute)
-
-    def one_step(micro_batches: Iterator[list[torch.Tensor]]) -> torch.Tensor:
-        loss = engine.train_batch(data_iter=micro_batches)
-        release_inputs(engine)
-        return loss
-
-    Loop(args, engine, recorder).run(one_step)
-    return engine
+        engine = TorchPipeline(model, options.schedule, bounds, plan.config, options.recompute)
+        Loop(plan, engine, observers).run(engine.train_batch)
+        return engine
+    pipe = Pipeline(model, options.stages, part, plan.config, options.recompute)
+    Loop(plan, pipe, observers).run(pipe.train_batch)
+    return pipe.deepspeed
 
 
 def _own_arguments() -> list[str]:
@@ -273,23 +217,21 @@ def _take_directory(args: argparse.Namespace, rank: int) -> None:
     Heartbeat(args.run_dir, rank)  # who hangs while it joins the others has said so
 
 
-def _begin_record(args: argparse.Namespace, plan: Plan) -> None:
+def _begin_record(directory: Path, plan: Plan) -> None:
     """Say in run.json what this run is."""
     command = f"deepspeed --num_gpus {dist.get_world_size()} --module pipetutor.train {shlex.join(_own_arguments())}"
-    known = records.read(args.run_dir)
+    about = {"command": command} | plan.record()
+    known = records.read(directory)
     if known.get("status") == "starting":  # made by launch for this run
-        command = known["command"]
-    about = {
+        about |= {name: known[name] for name in ("command", "options")}
+    about |= {
         "status": "running",
-        "command": command,
-        "model": args.model,
-        "config": read_config(args.deepspeed_config, args.dtype),
         "versions": versions(),
         "device": str(deepspeed.get_accelerator().current_device_name()),
         "threads_per_rank": torch.get_num_threads(),
     }
     # Written anew: what an earlier part of the run came to is not what this one does.
-    records.write_json(args.run_dir / "run.json", about | plan.record())
+    records.write_json(directory / "run.json", about)
 
 
 def _unlaunched() -> list[str]:
@@ -327,7 +269,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, str]:
     if args.local_rank == 0:
         fetch.prepare(args.dataset, args.data_dir)
     if stages and args.partition == PROFILE and os.environ["RANK"] == "0":
-        return profile.cut(plan, args.model, _local_ranks(), args.dropout, args.recompute)
+        return profile.cut(plan, _local_ranks())
     return plan, ""
 
 
@@ -343,7 +285,7 @@ def main() -> None:
     try:
         args = get_args()
         plan, table = _prepare(args)
-        common = _common(args)
+        common = _common(plan)
     except (ValueError, OSError, RunFailed) as error:
         refusal = str(error)
         if speaks:
@@ -357,6 +299,7 @@ def main() -> None:
             if speaks:
                 print(f"pipetutor: {line}", file=sys.stderr, flush=True)
         sys.exit(2 if speaks else 0)
+    args.plan = plan
     rank, stages = int(os.environ["RANK"]), args.pipeline_parallel_size
     try:
         # DeepSpeed would compile a shared-memory all-reduce here, 20 s and a C++ compiler, to no gain.
@@ -365,12 +308,11 @@ def main() -> None:
         del store  # that of the process group has taken over
         if plan.backend == "nccl":
             torch.cuda.set_device(args.local_rank)
-        config = read_config(args.deepspeed_config, args.dtype)
-        say(explain(config, stages, plan.batch.replicas, args.schedule, args.chunks))
+        say(explain(plan.config, stages, plan.batch.replicas, args.schedule, args.chunks))
         for line in filter(None, [plan.notice, table]):
             say(line)
         if args.run_dir and rank == 0:
-            _begin_record(args, plan)
+            _begin_record(args.run_dir, plan)
         end_when_asked(args.run_dir if rank == 0 else None)
         if stages:
             train_pipe(args, ",".join(map(str, plan.bounds)))

@@ -29,13 +29,13 @@ def test_any_number_of_stages_computes_the_same_to_the_last_bit(stages, runs, on
     """Dropout off, fp32, SGD, one thread a rank."""
     run = train(runs, *QUIET, stages=stages, config=FAST_SGD)
     assert run.losses == one_stage.losses and len(run.losses) == 3
-    assert (len(run.parts), run.parts[-1], len(run.layers)) == (stages + 1, 22, 22)
+    assert (len(run.bounds), run.bounds[-1], len(run.layers)) == (stages + 1, 22, 22)
 
 
 def test_a_pipeline_computes_what_the_baseline_computes(base, one_stage):
     """But for rounding: the baseline adds gradients up elsewhere."""
     right, summed = base
-    assert right.parts == [] and right.status == "finished"
+    assert right.bounds == [] and right.status == "finished"
     equal_but_for_rounding(one_stage.losses, right.losses, summed.losses)
 
 
@@ -43,7 +43,7 @@ def test_replicas_read_the_images_of_one_process(base, runs):
     """But for rounding: replicas add gradients up in another order."""
     right, summed = base
     run = train(runs, *QUIET, "--partition", "0,16,22", stages=2, replicas=2, config=FAST_SGD)
-    assert (run.micro_batches, run.parts) == (1, [0, 16, 22])
+    assert (run.micro_batches, run.bounds) == (1, [0, 16, 22])
     equal_but_for_rounding(run.losses, right.losses, summed.losses)
 
 

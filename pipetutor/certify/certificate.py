@@ -18,11 +18,11 @@ from typing import Any
 
 from pipetutor.core import records
 from pipetutor.data import fetch
-from pipetutor.preflight import check_network
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.watch import Parser, briefly, ending_with_a_status, run_job
 from pipetutor.system import machine
 from pipetutor.system.kinds import check, list_of, named, whole
+from pipetutor.system.network import check_network
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")

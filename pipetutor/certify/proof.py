@@ -27,6 +27,7 @@ from pipetutor.core.partition import bounds_for
 from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
 from pipetutor.processes.forks import forked
+from pipetutor.schedule.orders import Instruction
 from pipetutor.system.uncompiled import torchvision
 
 MICRO_BATCH, STEPS, LEARNING_RATE, SEED = 2, 3, 0.05, 1138
@@ -159,7 +160,7 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     import deepspeed
     import torch.distributed as dist
 
-    from pipetutor.core.engine import Instruction, model_state, observe, pipeline, replica_of
+    from pipetutor.core.deepspeed_engines import Pipeline
 
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.stages * case.replicas)}
@@ -176,7 +177,7 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
     }
-    engine = pipeline(model, case.stages, ",".join(map(str, bounds)), config)
+    engine = Pipeline(model, case.stages, ",".join(map(str, bounds)), config)
     found: dict[str, Difference] = {}
 
     def look(part: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -185,17 +186,17 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     def before(instruction: Instruction) -> None:
         if instruction.name != "OptimizerStep":
             return
-        gradients = {name: p.grad for name, p in model_state(engine).items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in engine.state().items() if p.grad is not None}
         factor = {"summed": float(case.micro_batches), "scaled": 1.0 if stage else 1 / case.micro_batches}
         for gradient in gradients.values():
             gradient.mul_(factor.get(case.control, 1.0))
         if "gradient" not in found:
             look("gradient", gradients)
 
-    weights = {name: p.detach() for name, p in model_state(engine).items()}
+    weights = {name: p.detach() for name, p in engine.state().items()}
     look("initial", weights)
-    observe(engine, before, after=lambda: None)
-    batches = _micro_batches(case, replica_of(engine))
+    engine.observe(before, after=lambda: None)
+    batches = _micro_batches(case, engine.replica)
     losses = [float(engine.train_batch(data_iter=batches)) for _ in range(STEPS)]
     look("final", weights)
     return {"stage": stage, "losses": losses} | {part: asdict(difference) for part, difference in found.items()}

@@ -20,10 +20,14 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipetutor.core.records import write_json
+from pipetutor.options import Options
 from pipetutor.system import disk
+
+if TYPE_CHECKING:
+    from pipetutor.core.engine import Engine
 
 KEEP = 2  # AlexNet with Adam is 0.7 GB a checkpoint
 MANIFEST = "checkpoint.json"
@@ -113,10 +117,10 @@ def verify(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def identity(model: str, dataset: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
+def identity(options: Options, config: dict[str, Any]) -> dict[str, Any]:
     """Return what a run that resumes must have in common with the one that saved."""
     optimizer = config.get("optimizer", {}).get("type", "").lower()
-    return {"model": model, "dataset": dataset, "seed": seed, "optimizer": optimizer}
+    return {"model": options.model, "dataset": options.dataset, "seed": options.seed, "optimizer": optimizer}
 
 
 def check_fits(manifest: dict[str, Any], wanted: dict[str, Any], steps: int) -> None:
@@ -140,7 +144,7 @@ def check_fits(manifest: dict[str, Any], wanted: dict[str, Any], steps: int) -> 
         )
 
 
-def _optimizer_state(engine: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _optimizer_state(engine: "Engine", state: dict[str, Any]) -> dict[str, Any]:
     """Return the optimizer's tensors by name: ``optimizer.features.0.weight.exp_avg`` and so on."""
     kept = engine.optimizer.state
     return {
@@ -160,11 +164,11 @@ def _random_state(rank: int) -> dict[str, Any]:
     return state
 
 
-def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
+def save(engine: "Engine", directory: Path, manifest: dict[str, Any]) -> None:
     """Save all ranks' state as ``directory/checkpoints/step-NNNNNN``; every rank calls this.
 
     Args:
-        engine: a DeepSpeed engine, data-parallel or pipeline.
+        engine: of this rank.
         directory: the run directory, on a file system that all hosts share.
         manifest: what to keep beside the tensors; ``step`` names the checkpoint.
 
@@ -173,8 +177,6 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
     """
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-
-    from pipetutor.core.engine import model_state
 
     rank = dist.get_rank()
     parent = directory / "checkpoints"
@@ -185,7 +187,7 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = model_state(engine)
+    state = engine.state()
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     tensors |= _optimizer_state(engine, state) | _random_state(rank)
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
@@ -197,8 +199,9 @@ def save(engine: Any, directory: Path, manifest: dict[str, Any]) -> None:
     if rank == 0:
         files = {name: sha256 for part in sums for name, sha256 in sorted(part.items())}
         schedule = {}
-        if engine.lr_scheduler:
-            schedule = {"scheduler": engine.lr_scheduler.state_dict(), "lr": engine.get_lr()}
+        if engine.scheduler:
+            rates = [group["lr"] for group in engine.optimizer.param_groups]
+            schedule = {"scheduler": engine.scheduler.state_dict(), "lr": rates}
         write_json(partial / MANIFEST, manifest | schedule | {"ranks": dist.get_world_size(), "files": files})
         _name(partial, final)
     dist.barrier()
@@ -248,11 +251,11 @@ def stored_tensors(path: Path) -> dict[str, Any]:
     return {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in tensors.items()}
 
 
-def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[str, int]) -> str:
+def restore(engine: "Engine", path: Path, manifest: dict[str, Any], topology: dict[str, int]) -> str:
     """Fill an engine from a checkpoint: weights, optimizer, schedule, and random numbers where they fit.
 
     Args:
-        engine: a DeepSpeed engine, data-parallel or pipeline, of any number of stages and replicas.
+        engine: of this rank, in a run of any number of stages and replicas.
         path: a checkpoint that ``verify`` has accepted.
         manifest: what ``verify`` returned.
         topology: this run's ``stages`` and ``replicas``.
@@ -264,9 +267,7 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
     import torch
     import torch.distributed as dist
 
-    from pipetutor.core.engine import model_state
-
-    state = model_state(engine)
+    state = engine.state()
     stored = stored_tensors(path)
     kept = {name: empty for name, empty in stored.items() if _parameter_of(name) in state}
     mine = {name: empty for name, empty in stored.items() if name.startswith(f"random.{dist.get_rank()}.")}
@@ -284,11 +285,11 @@ def restore(engine: Any, path: Path, manifest: dict[str, Any], topology: dict[st
         # torch keeps an optimizer's count of steps on the CPU, unless its kernel is fused.
         value = value.to(parameter.device) if value.dim() or fused else value
         engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = value
-    if "scheduler" in manifest and engine.lr_scheduler:
-        engine.lr_scheduler.load_state_dict(manifest["scheduler"])
+    if "scheduler" in manifest and engine.scheduler:
+        engine.scheduler.load_state_dict(manifest["scheduler"])
         for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
             group["lr"] = lr  # which the schedule would only set after the next step
-    engine.global_steps = manifest["step"]
+    engine.resumed(manifest["step"])
     for name, value in mine.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
     return lost

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipetutor.system.kinds import KINDS, Kind, check, check_keys, closest, shown
+from pipetutor.options import DTYPES
+from pipetutor.system.kinds import check, check_keys, closest, shown
 
-DTYPES = ("fp32", "bf16")
 OBJECTS = {
     "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',
     "scheduler": '{"type": "WarmupLR"}',
@@ -20,9 +20,6 @@ OBJECTS = {
     "bfloat16": '{"enabled": true}',
     "fp16": '{"enabled": true}',
 }
-CONFIG = Kind(
-    "a dict or a path", lambda value: isinstance(value, dict) or KINDS["path"].fits(value), '{"train_batch_size": 64}'
-)
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # that a section needs
 
 
@@ -45,8 +42,7 @@ def read_config(config: str | Path | dict[str, Any] | None, dtype: str | None = 
             value is of another kind than it must be.
     """
     check("dtype", dtype, [None, *DTYPES])
-    if config is not None:
-        check("config", config, CONFIG)
+    check("config", config, "config?")
     where = "config: " if config is None or isinstance(config, dict) else f"{config}: "
     whole = _default()
     if isinstance(config, dict):

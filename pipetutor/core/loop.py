@@ -1,95 +1,99 @@
-"""What both modes do around a step: data, record, heartbeat, faults, evaluation and checkpoints."""
+"""What both modes do around a step: data, record, evaluation, checkpoints, and what observers are told."""
 
-import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.utils.data import Dataset
 
 from pipetutor.core import checkpoint, records
-from pipetutor.core.config import dtype_of, read_config
-from pipetutor.core.engine import Instruction, is_pipeline, observe, replica_of, say
+from pipetutor.core.config import dtype_of
+from pipetutor.core.engine import Batches, Engine, others, say
 from pipetutor.core.evaluate import evaluate
+from pipetutor.core.observer import Observer
+from pipetutor.core.plan import Plan
 from pipetutor.data import loader
-from pipetutor.processes.faults import Fault
-from pipetutor.processes.heartbeat import Heartbeat
-from pipetutor.tracing.trace import Recorder, write_chrome
+from pipetutor.schedule.orders import Instruction
 
-Batches = Iterator[list[torch.Tensor]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _full(batches: Batches, micro_batch: int, lacks_one: Callable[[], bool]) -> Batches:
-    """Pass micro-batches on, refusing a ragged one where it is loaded, before it reaches another rank."""
+class _Full:
+    """Passes micro-batches on, and refuses a ragged one where it is loaded, before it reaches another rank.
 
-    def full() -> list[torch.Tensor]:
-        end = -1 if lacks_one() else None
-        images, labels = (part[:end] for part in next(batches))
-        if len(images) != micro_batch:
+    No generator, which would hold on to the last micro-batch.
+    """
+
+    def __init__(self, micro_batches: Batches, size: int, observers: Sequence[Observer]):
+        self._micro_batches, self._size, self._observers = micro_batches, size, observers
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> list[torch.Tensor]:
+        found = next(self._micro_batches)
+        for observer in self._observers:
+            found = observer.loaded(found)
+        if len(found[0]) != self._size:
             raise ValueError(
-                f"ragged micro-batch: it has {len(images)} of {micro_batch} images. A pipeline agrees "
+                f"ragged micro-batch: it has {len(found[0])} of {self._size} images. A pipeline agrees "
                 "on the shape of its activations once, so what is left at the end of a pass must be dropped"
             )
-        return [images, labels]
-
-    return iter(full, None)  # no generator, which would hold on to the last micro-batch
+        return found
 
 
 class Loop:
-    """What both modes do around a step: the data, the record, the heartbeat, evaluation and checkpoints."""
+    """One rank's way through a run.
 
-    def __init__(self, args: argparse.Namespace, engine: Any, recorder: Recorder | None):
-        self.args, self.engine, self.recorder = args, engine, recorder
-        self.heart = Heartbeat(args.run_dir, dist.get_rank())
-        self.fault = Fault.parse(args.fault) if args.fault else None
-        if recorder:
-            recorder.start(replica_of(engine), blocking=isinstance(engine, PipelineEngine))
-        observe(engine, self._before, self._after)
-        self.trainset = loader.load(args.dataset, True, args.local_rank, args.data_dir)
+    Args:
+        plan: of the run.
+        engine: of the rank.
+        observers: told of everything, in this order.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, observers: Sequence[Observer]):
+        self.plan, self.options, self.engine, self.observers = plan, plan.options, engine, observers
+        for observer in observers:
+            observer.built(engine)
+        engine.observe(self._before, self._after)
+        options = self.options
+        self.trainset = self._data(train=True)
         self.size = len(self.trainset)  # type: ignore[arg-type]
-        testset = loader.load(args.dataset, False, args.local_rank, args.data_dir) if args.eval_every else None
-        self.testset = self._images(testset) if testset else None
-        self.dtype = DTYPES[dtype_of(read_config(args.deepspeed_config, args.dtype))]
-        self.topology = {"stages": args.pipeline_parallel_size, "replicas": engine.dp_world_size}
+        self.testset = self._images(self._data(train=False)) if options.eval_every else None
+        self.dtype = DTYPES[dtype_of(plan.config)]
+        self.topology = {"stages": options.stages, "replicas": engine.batch.replicas}
         self.step, self.start = 0, loader.Position()
-        if replica_of(engine):  # the first one goes on from where the weights were drawn
+        if engine.replica:  # the first one goes on from where the weights were drawn
             self._draw_own_numbers()
-        if args.resume:
-            self._resume()
+        if options.resume:
+            self._resume(checkpoint.find(options.resume))
         self.done = self.step
-        shape = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
-        first = not is_pipeline(engine) or engine.is_first_stage()
-        source = self._images(self.trainset) if first else loader.Labels(self.trainset)
-        order = replica_of(engine), args.seed
+        source = self._images(self.trainset) if engine.is_first else loader.Labels(self.trainset)
+        shape, order = (engine.batch.micro, engine.batch.replicas), (engine.replica, options.seed)
         batches = loader.micro_batches(source, *shape, *order, engine.device, self.start, self.dtype)
-        self.micro_batches = _full(batches, shape[0], self._lacks_one)
+        self.micro_batches = engine.feed(_Full(batches, engine.batch.micro, observers))
+
+    def _data(self, train: bool) -> Dataset[Any]:
+        return loader.load(self.options.dataset, train, self.options.local_rank, self.options.data_dir)
 
     def _images(self, dataset: Dataset[Any]) -> Dataset[Any]:
-        return dataset if self.args.transforms == "pil" else loader.Pixels(dataset)
+        return dataset if self.options.transforms == "pil" else loader.Pixels(dataset)
 
     def _before(self, instruction: Instruction) -> None:
-        self.heart.before(instruction.name, instruction.micro_batch, instruction.peers)
-        if self.recorder:
-            self.recorder.before(instruction.name, instruction.micro_batch, instruction.stage)
-        if self.fault and self.heart.beat.phase == "training":
-            self.fault.act(dist.get_rank(), self.step, instruction.name, instruction.micro_batch)
+        for observer in self.observers:
+            observer.before(instruction)
 
     def _after(self) -> None:
-        if self.recorder:
-            self.recorder.after()
+        for observer in self.observers:
+            observer.after()
 
-    def _lacks_one(self) -> bool:
-        if not is_pipeline(self.engine):  # a pipeline's engine loads by instruction, and has said so
-            loaded = self.engine.micro_steps % self.engine.gradient_accumulation_steps()
-            self._before(Instruction("LoadMicroBatch", loaded))
-        beat = self.heart.beat
-        return self.fault is not None and self.fault.cuts(beat.rank, beat.step, beat.micro_batch)
+    def _enter(self, phase: str) -> None:
+        for observer in self.observers:
+            observer.enter(phase, self.step)
 
     def _draw_own_numbers(self) -> None:
         """Let each replica drop activations of its own: equal masks would make fewer samples of as many images.
@@ -97,11 +101,9 @@ class Loop:
         The stages of one replica are seeded alike, though layers on different stages then draw the same numbers: a
         pipeline with all its dropout layers on one stage, whichever that is, drops what one process drops.
         """
-        replicas = self.engine.dp_world_size
-        torch.manual_seed(self.args.seed + self.step * replicas + replica_of(self.engine))
+        torch.manual_seed(self.options.seed + self.step * self.engine.batch.replicas + self.engine.replica)
 
-    def _resume(self) -> None:
-        path = checkpoint.find(self.args.resume)
+    def _resume(self, path: Any) -> None:
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
         lost = checkpoint.restore(self.engine, path, manifest, self.topology)
         self.step, self.start = manifest["step"], loader.Position(*manifest["position"])
@@ -111,63 +113,68 @@ class Loop:
             say(f"{lost}: dropout draws other random numbers than it would have")
 
     def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:
-        """Train to the last step; ``one_step`` returns the mean loss over the train batch and all replicas."""
-        args, engine = self.args, self.engine
-        directory = args.run_dir if dist.get_rank() == 0 else None
+        """Train to the last step.
+
+        Args:
+            one_step: trains on the micro-batches of a step, and returns their mean loss, that of all replicas.
+        """
+        options, last = self.options, self.options.steps
+        directory = options.run_dir if dist.get_rank() == 0 else None
         if directory:  # a run that is resumed into its own directory goes on from here, whatever came after
             records.keep_until(directory, self.step)
             checkpoint.keep_until(directory, self.step)
-        writer = records.StepWriter(directory, engine.train_batch_size())
+        writer = records.StepWriter(directory, self.engine.batch.train)
         evaluated, lost = -1, False
-        while self.step < args.steps:
+        while self.step < last:
             self.step += 1
-            self.heart.enter("training", self.step)
-            if self.recorder:
-                # A traced step begins on all ranks at once: none is still busy with the one before.
-                self.heart.before("Barrier", peers=[r for r in range(dist.get_world_size()) if r != dist.get_rank()])
-                dist.barrier()
-            begin = time.perf_counter()
-            if self.recorder:
-                self.recorder.begin()
-            loss = float(one_step(self.micro_batches))
-            if self.recorder:
-                self.recorder.end(self.step)
-            writer.write(self.step, loss, time.perf_counter() - begin)
+            self._enter("training")
+            loss, seconds = self._time(one_step)
+            writer.write(self.step, loss, seconds)
             if not math.isfinite(loss) and not lost:
                 lost = True
                 say(records.lost(self.step))
-            if self.step % 10 == 0 or self.step == args.steps:
-                say(f"step: {self.step:3d} / {args.steps:3d} loss: {loss:.6f}")
-            if args.save_every and (self.step % args.save_every == 0 or self.step == args.steps):
+            if self.step % 10 == 0 or self.step == last:
+                say(f"step: {self.step:3d} / {last:3d} loss: {loss:.6f}")
+            if options.save_every and (self.step % options.save_every == 0 or self.step == last):
                 self._save()
-            if args.eval_every and self.step % args.eval_every == 0:
+            if options.eval_every and self.step % options.eval_every == 0:
                 evaluated = self._evaluate()
-        if args.eval_every and evaluated != self.step:
+        if options.eval_every and evaluated != self.step:
             self._evaluate()
-        if self.recorder:
-            dist.barrier()  # the other ranks have written their last step
-            if dist.get_rank() == 0:
-                say(f"trace: {write_chrome(args.run_dir)}, for https://ui.perfetto.dev")
-        self.heart.enter("finished", self.step)
+        for observer in self.observers:
+            observer.trained()
+        self._enter("finished")
+
+    def _time(self, one_step: Callable[[Batches], torch.Tensor]) -> tuple[float, float]:
+        """Train a step, and return its loss and its seconds."""
+        if any(observer.starts_together for observer in self.observers):
+            self._before(Instruction("Barrier", 0, None, others()))
+            dist.barrier()
+        begin = time.perf_counter()
+        for observer in self.observers:
+            observer.begin(self.step)
+        loss = float(one_step(self.micro_batches))
+        for observer in self.observers:
+            observer.end(self.step)
+        return loss, time.perf_counter() - begin
 
     def _evaluate(self) -> int:
-        self.heart.enter("evaluating", self.step)
+        self._enter("evaluating")
         assert self.testset is not None
         found = evaluate(self.engine, self.testset, self._before, self.dtype)
         say(
             f"step {self.step}: {found['correct']:.0f} of {found['images']:.0f} test images are right "
             f"({found['accuracy']:.1%}), loss {found['loss']:.4f}"
         )
-        if self.args.run_dir and dist.get_rank() == 0:
-            records.append(self.args.run_dir / records.EVALUATIONS, {"step": self.step} | found)
+        if self.options.run_dir and dist.get_rank() == 0:
+            records.append(self.options.run_dir / records.EVALUATIONS, {"step": self.step} | found)
         return self.step
 
     def _save(self) -> None:
-        self.heart.enter("saving", self.step)
-        args, engine = self.args, self.engine
-        read = (self.step - self.done) * engine.gradient_accumulation_steps()
-        position = self.start.after(read, self.size, engine.train_micro_batch_size_per_gpu(), engine.dp_world_size)
-        kept = {"step": self.step, "position": position, **self.topology}
-        config = read_config(args.deepspeed_config, args.dtype)
-        kept |= checkpoint.identity(args.model, args.dataset, args.seed, config)
-        checkpoint.save(engine, args.run_dir, kept)
+        self._enter("saving")
+        options, batch = self.options, self.engine.batch
+        assert options.run_dir
+        read = (self.step - self.done) * batch.accumulation
+        kept = {"step": self.step, "position": self.start.after(read, self.size, batch.micro, batch.replicas)}
+        kept |= self.topology | checkpoint.identity(options, self.plan.config)
+        checkpoint.save(self.engine, options.run_dir, kept)

@@ -14,8 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-PROFILE = "profile"
-METHODS = "parameters, uniform, type:REGEX, profile (measured), or bounds such as 0,16,22"
+from pipetutor.options import METHODS, PROFILE
 
 
 class Layer(NamedTuple):

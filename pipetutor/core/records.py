@@ -263,7 +263,7 @@ class Run:
         train_batch: images a step, all replicas together.
         micro_batch: images a micro-batch.
         micro_batches: M, micro-batches a step and replica.
-        parts: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
+        bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
         layers: class name of each layer of the flat model; empty for the baseline.
         status: ``finished``, ``failed``, ``interrupted``, or ``running`` when nothing closed the record.
         details: all of run.json: config, versions, machine.
@@ -280,7 +280,7 @@ class Run:
     train_batch: int
     micro_batch: int
     micro_batches: int
-    parts: list[int]
+    bounds: list[int]
     layers: list[str] = field(repr=False)
     status: str
     details: dict[str, Any] = field(repr=False)
@@ -303,7 +303,7 @@ class Run:
 
     def stage_layers(self, stage: int) -> list[str]:
         """Return the class names of the layers that one stage of the P x chunks held."""
-        return self.layers[self.parts[stage] : self.parts[stage + 1]]
+        return self.layers[self.bounds[stage] : self.bounds[stage + 1]]
 
     @classmethod
     def load(cls, directory: str | Path) -> "Run":
@@ -334,7 +334,7 @@ class Run:
                         "micro_batches",
                     )
                 },
-                parts=details["parts"],
+                bounds=details["bounds"],
                 layers=details["layers"],
                 status=details["status"],
             )

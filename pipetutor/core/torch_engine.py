@@ -2,8 +2,8 @@
 
 DeepSpeed's engine runs 1F1B alone. Here the order of computations comes from ``schedule.orders``, the stream
 that the simulator and the figures read, and torch's pipeline runtime executes it: it adds the sends and receives,
-and moves the tensors. Model, cut, data, loss and optimizer are those of ``pipetutor.core.engine``, and so are the
-losses.
+and moves the tensors. Model, cut, data, loss and optimizer are those of ``core.deepspeed_engines``, and so are
+the losses.
 
 The runtime is private in torch 2.15 (``_PipelineScheduleRuntime``), and this is the one module that touches it.
 Sends and receives run in the background, on gloo's own thread; a rank waits for a message only where it needs it.
@@ -24,10 +24,11 @@ from torch.distributed.pipelining import schedules as runtime
 
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
-from pipetutor.core.engine import After, Before, Instruction, engine_config
+from pipetutor.core.deepspeed_engines import engine_config
+from pipetutor.core.engine import After, Batches, Before, others
 from pipetutor.core.layers import join_layers, layer_names
 from pipetutor.core.recompute import StageLayers
-from pipetutor.schedule.orders import build
+from pipetutor.schedule.orders import Instruction, build
 
 COMPUTE = {
     "ForwardPass": runtime.FORWARD,
@@ -39,7 +40,7 @@ IMAGE = (3, 224, 224)
 
 
 def build_optimizer(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer that ``pipetutor.core.engine`` has DeepSpeed build from the same config.
+    """Build the optimizer that DeepSpeed builds from the same config in ``core.deepspeed_engines``.
 
     Args:
         config: a whole DeepSpeed config.
@@ -84,7 +85,7 @@ class _Watch:
     def __call__(
         self, name: str, stage: int, micro_batch: int | None = None, peers: Sequence[int] = ()
     ) -> Iterator[None]:
-        self.before(Instruction(name, micro_batch, peers, stage))
+        self.before(Instruction(name, stage, micro_batch, tuple(peers)))
         yield
         self.after()
 
@@ -95,7 +96,7 @@ class _Source:
     def __init__(self, watch: _Watch, device: torch.device, shared: bool):
         self._watch, self._device, self._shared = watch, device, shared
         self._kept: dict[int, list[torch.Tensor]] = {}
-        self.data: Iterator[list[torch.Tensor]] = iter(())
+        self.data: Batches = iter(())
 
     def part(self, index: int, stage: int, number: int) -> torch.Tensor:
         """Return the images (0) or the labels (1) of a micro-batch; called in the order of micro-batches."""
@@ -160,7 +161,7 @@ class _Receives(dict[tuple[int, int], list[dist.Work]]):
 
 
 class TorchPipeline:
-    """One rank of a pipeline; to ``pipetutor.core.loop`` it looks like DeepSpeed's engine.
+    """One rank of a pipeline; see ``pipetutor.core.engine.Engine``.
 
     Rank r of P holds the stages r, r + P, r + 2P and so on. All ranks are one pipeline: there are no replicas.
 
@@ -179,7 +180,9 @@ class TorchPipeline:
     >>> loss = engine.train_batch(micro_batches)  # doctest: +SKIP
     """
 
-    dp_world_size = 1
+    replica = 0
+    blocking = False
+    scheduler = None
 
     def __init__(
         self,
@@ -190,24 +193,25 @@ class TorchPipeline:
         recompute: bool = False,
         image: Sequence[int] = IMAGE,
     ):
-        self.stage_id, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._last = len(bounds) - 2
         if (self._last + 1) % self._ranks:
             raise ValueError(f"{self._last + 1} stages cannot be shared evenly by {self._ranks} ranks")
         if recompute and schedule == "zero_bubble":
             raise ValueError("zero_bubble cannot recompute: each weight would do it anew; use 1f1b")
+        self.is_first = self._rank == 0
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
-        self._batch = batch_arithmetic(config, replicas=1)
+        self.batch = batch_arithmetic(config, replicas=1)
         self._watch = _Watch()
         self._source = _Source(self._watch, self.device, shared=self._ranks == 1)
         layers = join_layers(model)
         names = layer_names(model, layers)
         if schedule != "zero_bubble":  # it asks autograd for gradients of weights alone
             accumulate_in_place(layers)
-        passed = _boundaries(layers, bounds, (self._batch.micro, *image))
+        passed = _boundaries(layers, bounds, (self.batch.micro, *image))
         self._layers: list[tuple[str, nn.Module]] = []
         self._stages: dict[int, Any] = {}
-        for stage in range(self.stage_id, self._last + 1, self._ranks):
+        for stage in range(self._rank, self._last + 1, self._ranks):
             held = slice(bounds[stage], bounds[stage + 1])
             self._layers += zip(names[held], layers[held], strict=True)
             if stage and hasattr(layers[held][0], "inplace"):
@@ -215,21 +219,21 @@ class TorchPipeline:
                 layers[held][0].inplace = False  # type: ignore[assignment]
             module = StageLayers(layers[held], recompute)
             about = (module, stage, self._last + 1, self.device, passed[stage], passed[stage + 1])
-            self._stages[stage] = _Stage(self._source, self._watch, self._batch.accumulation, *about)
+            self._stages[stage] = _Stage(self._source, self._watch, self.batch.accumulation, *about)
         parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]
-        self._optimizer = build_optimizer(config, parameters)
+        self.optimizer = build_optimizer(config, parameters)
         self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}
         self._runtime = self._prepare(schedule)
 
     def _prepare(self, schedule: str) -> Any:
-        streams = build(schedule, self._ranks, self._batch.accumulation, len(self._stages))
+        streams = build(schedule, self._ranks, self.batch.accumulation, len(self._stages))
         orders: dict[int, list[runtime._Action | None]] = {
             rank: [runtime._Action(i.stage, COMPUTE[i.name], i.micro_batch) for i in stream if i.name in COMPUTE]
             for rank, stream in enumerate(streams)
         }
         executor = runtime._PipelineScheduleRuntime(
             list(self._stages.values()),
-            self._batch.accumulation,
+            self.batch.accumulation,
             loss_fn=lambda loss, _: loss,  # the last stage's output is the loss already
             scale_grads=False,
         )
@@ -269,7 +273,7 @@ class TorchPipeline:
         """
         self._watch.before, self._watch.after = before, after
 
-    def train_batch(self, data_iter: Iterator[list[torch.Tensor]]) -> torch.Tensor:
+    def train_batch(self, data_iter: Batches) -> torch.Tensor:
         """Train one step.
 
         Args:
@@ -280,41 +284,32 @@ class TorchPipeline:
         """
         self._source.data = data_iter
         losses: list[torch.Tensor] = []
-        unused = [None] * self._batch.accumulation  # a stage reads its labels itself
+        unused = [None] * self.batch.accumulation  # a stage reads its labels itself
         self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
-        with self._watch("OptimizerStep", self.stage_id):
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+        with self._watch("OptimizerStep", self._rank):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         source = self._last % self._ranks
-        others = [rank for rank in range(self._ranks) if rank != self.stage_id]
-        with self._watch("AggregateLoss", self.stage_id, None, others if self.is_last_stage() else [source]):
+        with self._watch("AggregateLoss", self._rank, None, others() if self._rank == source else [source]):
             loss = torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
             dist.broadcast(loss, source)
         return loss
 
-    def model_state(self) -> dict[str, torch.Tensor]:
-        """Return the parameters and buffers that this rank holds, as ``pipetutor.core.engine.model_state`` does."""
+    def feed(self, micro_batches: Batches) -> Batches:
+        """Return them as they are: to load one is an instruction of its own."""
+        return micro_batches
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of this rank's layers."""
         state: dict[str, torch.Tensor] = {}
         for name, layer in self._layers:
             state |= layer.state_dict(prefix=f"{name}.", keep_vars=True)
         return state
 
-    def is_first_stage(self) -> bool:
-        """Say whether this rank holds the model's first stage."""
-        return 0 in self._stages
+    def logits(self, micro_batches: Batches, count: int) -> list[torch.Tensor]:
+        """Refuse: preflight lets no run of this engine evaluate."""
+        raise NotImplementedError("torch's pipeline trains; DeepSpeed's evaluates")
 
-    def is_last_stage(self) -> bool:
-        """Say whether this rank holds the model's last stage."""
-        return self._last in self._stages
-
-    def train_batch_size(self) -> int:
-        """Return the images of a step."""
-        return self._batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Return the images of a micro-batch."""
-        return self._batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Return the micro-batches of a step."""
-        return self._batch.accumulation
+    def resumed(self, step: int) -> None:
+        """Refuse: preflight lets no run of this engine resume."""
+        raise NotImplementedError("torch's pipeline starts anew; DeepSpeed's resumes")

@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipetutor.costs.table import LayerCosts
-from pipetutor.preflight import ENGINES
+from pipetutor.options import ENGINES
 from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.simulate import simulate
 from pipetutor.schedule.timeline import CODE

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from pipetutor.core import records
 from pipetutor.core.partition import Layer, bounds_for, catalog, fastest
+from pipetutor.core.plan import Plan
 from pipetutor.costs.measure import measure
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch
-from pipetutor.preflight import Plan
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.system import disk, machine
 
@@ -250,17 +250,12 @@ def table(
     return "\n".join([*lines, f"slowest stage of {'; '.join(slowest)}"])
 
 
-def cut(
-    plan: Plan, model: str, ranks: int, dropout: float | None = None, recompute: bool = False
-) -> tuple[Plan, str]:
+def cut(plan: Plan, ranks: int) -> tuple[Plan, str]:
     """Complete a plan whose partition is ``profile``.
 
     Args:
         plan: from ``preflight``, still without bounds.
-        model: its model.
         ranks: its ranks on this host.
-        dropout: its dropout.
-        recompute: whether its stages recompute.
 
     Returns:
         The plan with bounds, and the table that says why these.
@@ -269,7 +264,7 @@ def cut(
         ValueError: see ``costs_of``.
         RunFailed: see ``costs_of``.
     """
-    costs = costs_of(model, plan.batch.micro, ranks, dropout)
-    micro_batches = plan.batch.accumulation
-    bounds = choose(costs, plan.stages * plan.chunks, micro_batches, recompute=recompute)
-    return replace(plan, bounds=bounds), table(costs, bounds, micro_batches, recompute=recompute)
+    options, micro_batches = plan.options, plan.batch.accumulation
+    costs = costs_of(options.model, plan.batch.micro, ranks, options.dropout)
+    bounds = choose(costs, options.stages * options.chunks, micro_batches, recompute=options.recompute)
+    return replace(plan, bounds=bounds), table(costs, bounds, micro_batches, recompute=options.recompute)

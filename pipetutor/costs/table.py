@@ -101,7 +101,7 @@ class LayerCosts:
         """Add the layers up to the stages of a pipeline without replicas.
 
         Args:
-            bounds: P + 1 layer indices, such as ``run.parts``.
+            bounds: P + 1 layer indices, such as ``run.bounds``.
             micro_batches: M, over which the first backward of a step, which adds to nothing, is averaged in; without
                 it, every backward counts as a later one.
 

@@ -5,6 +5,7 @@ the data-parallel baseline and every pipeline train on the same images in the sa
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Synthetic(torchvision.datasets.CIFAR10):
 DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "synthetic": Synthetic}
 
 
-def load(dataset: str, train: bool, local_rank: int, data_dir: str) -> Dataset[Any]:
+def load(dataset: str, train: bool, local_rank: int, data_dir: str | Path) -> Dataset[Any]:
     """Open a data set; inside a job, the first rank of each host fetches while the others wait.
 
     Hosts that share a file system wait for one another at a lock file, so one fetch serves all of them.

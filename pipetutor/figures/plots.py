@@ -84,10 +84,10 @@ def stages(run: Run) -> Figure:
     parameters = [layer.parameters / 1e6 for layer in catalog()[run.details["model"]]]
     figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
-    chunked = len(run.parts) - 1 > run.stages
+    chunked = len(run.bounds) - 1 > run.stages
     top = max(parameters) * (1.35 if chunked else 1.2)  # room for what is written above the highest bar
     words = []
-    for stage, (low, high) in enumerate(pairwise(run.parts)):
+    for stage, (low, high) in enumerate(pairwise(run.bounds)):
         rank = stage % run.stages
         colour = COLOURS[rank % len(COLOURS)]
         axes.axvspan(low - 0.5, high - 0.5, color=colour, alpha=0.12, linewidth=0)

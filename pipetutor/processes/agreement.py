@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core.batch import Batch
-from pipetutor.preflight import Plan
+from pipetutor.core.plan import Plan
+from pipetutor.options import Options
 
 PATIENCE_SECONDS = 60.0  # for the other ranks to come once one has refused: they may still be loading torch
 TAKEN = b"+"  # what the first rank says at once to a rank of its job, and nothing else at its port does
@@ -98,7 +99,9 @@ def agree(plan: Plan | None, refusal: str, options: dict[str, Any], timeout: tim
                 others.setdefault(reason, []).append(who)
         raise Refused("\n".join(f"{', '.join(who)}: {reason}" for reason, who in others.items()))
     first = answer["plan"]
-    return Plan(**first | {"batch": Batch(**first["batch"])}), store
+    assert plan
+    about = {"batch": Batch(**first["batch"]), "options": Options(**first["options"]).on_this_host(plan.options)}
+    return Plan(**first | about), store
 
 
 def _several_hosts() -> bool:
@@ -197,7 +200,7 @@ def _hear(mine: Word, plan: Plan | None, timeout: timedelta) -> tuple[dict[str, 
             store = TCPStore(name, port, is_master=True, multi_tenant=True, wait_for_workers=False, timeout=timeout)
         for connection in waiting:
             with contextlib.suppress(OSError):  # a rank that is gone has said why
-                connection.sendall(json.dumps(answer, allow_nan=False).encode())
+                connection.sendall(json.dumps(answer, default=str, allow_nan=False).encode())
     return answer, store
 
 

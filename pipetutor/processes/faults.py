@@ -11,6 +11,10 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
+
+from pipetutor.core.observer import Observer
+from pipetutor.schedule.orders import Instruction
 
 KINDS = {
     "stall": "the rank stops moving",
@@ -91,18 +95,36 @@ class Fault:
                 f"use rank 0 or {ranks - 1}"
             )
 
-    def act(self, rank: int, step: int, instruction: str, micro_batch: int | None) -> None:
-        """Stall, die or slow down here, if this is the place."""
-        if rank != self.rank or step < self.step:
-            return
-        first = step == self.step and instruction == "ForwardPass" and micro_batch == 0
-        if self.kind == "stall" and first:
-            threading.Event().wait()
-        if self.kind == "die" and first:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.kind == "slow" and instruction in ("ForwardPass", "BackwardPass"):
-            time.sleep(self.seconds)
 
-    def cuts(self, rank: int, step: int, micro_batch: int | None) -> bool:
-        """Say whether the micro-batch that is loaded here is to lack an image."""
-        return (self.kind, self.rank, self.step, 0) == ("ragged", rank, step, micro_batch)
+class Injector(Observer):
+    """Lets a rank suffer a fault, where it is the one and the time has come."""
+
+    def __init__(self, fault: Fault, rank: int):
+        self._fault, self._is_mine = fault, fault.rank == rank
+        self._phase, self._step = "", 0
+        self._last = Instruction("", 0)
+
+    def enter(self, phase: str, step: int) -> None:
+        """Note where the rank is."""
+        self._phase, self._step = phase, step
+
+    def before(self, instruction: Instruction) -> None:
+        """Stall, die or slow down here, if this is the place."""
+        self._last = instruction
+        if not self._is_mine or self._phase != "training" or self._step < self._fault.step:
+            return
+        name, _, micro_batch, _ = instruction
+        if self._fault.kind == "slow" and name in ("ForwardPass", "BackwardPass"):
+            time.sleep(self._fault.seconds)
+        elif (self._step, name, micro_batch) == (self._fault.step, "ForwardPass", 0):
+            if self._fault.kind == "stall":
+                threading.Event().wait()
+            if self._fault.kind == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def loaded(self, micro_batch: list[Any]) -> list[Any]:
+        """Take an image from the micro-batch that was loaded here, if this is the place."""
+        here = self._is_mine and (self._step, self._last.micro_batch) == (self._fault.step, 0)
+        if here and self._fault.kind == "ragged":
+            return [part[:-1] for part in micro_batch]
+        return micro_batch

@@ -20,6 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipetutor.core.observer import Observer
+from pipetutor.schedule.orders import Instruction
+
 STACK_SIGNAL = signal.SIGUSR1
 COLLECTIVES = ("ReduceGrads", "AggregateLoss", "Barrier")
 _LOOKS = 3  # at a heartbeat that is being written
@@ -58,7 +61,7 @@ class Beat:
         return f"{self.instruction}{whole} {where}{wait}"
 
 
-class Heartbeat:
+class Heartbeat(Observer):
     """Writes what this rank is doing; without a run directory it keeps silent."""
 
     def __init__(self, directory: Path | None, rank: int):
@@ -78,11 +81,12 @@ class Heartbeat:
         self.beat = Beat(self.beat.rank, phase, step, progress=self.beat.progress + 1)
         self._write()
 
-    def before(self, instruction: str, micro_batch: int | None = None, peers: Sequence[int] = ()) -> None:
+    def before(self, instruction: Instruction) -> None:
         """Say what the rank is about to execute; an evaluation moves onward with each of its instructions."""
+        name, _, micro_batch, peers = instruction
         was = self.beat
         moved = was.progress + (was.phase == "evaluating")
-        self.beat = Beat(was.rank, was.phase, was.step, instruction, micro_batch, list(peers), moved)
+        self.beat = Beat(was.rank, was.phase, was.step, name, micro_batch, list(peers), moved)
         self._write()
 
     def _write(self) -> None:

@@ -65,6 +65,10 @@ def _two_shares(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(KINDS["share"].fits, value))
 
 
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) or KINDS["path"].fits(value)
+
+
 KINDS = {
     "switch": Kind("True or False", lambda value: isinstance(value, bool)),
     "whole": whole(0),
@@ -81,6 +85,7 @@ KINDS = {
     "texts": list_of(Kind("a string in one line", _is_text, "'torch.nn.Linear'")),
     "path": Kind("a path", lambda value: isinstance(value, str | Path) and _is_text(str(value)), "'some/where'"),
     "object": Kind("an object", lambda value: isinstance(value, dict)),
+    "config": Kind("a dict or a path", _is_config, '{"train_batch_size": 64}'),
     "unused": Kind("left out: runs here do without it", lambda _: False),
     "an option": Kind("left out: stages and partition are options of a run (-p, --partition)", lambda _: False),
 }

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipetutor.core.observer import Observer
 from pipetutor.core.records import Run, append, read_lines, to_json
-from pipetutor.schedule.orders import PARTNERS
+from pipetutor.schedule.orders import PARTNERS, Instruction
 from pipetutor.schedule.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
 from pipetutor.tracing.clock import CudaClock, HostClock, clock_offset
 
@@ -35,14 +36,17 @@ WAITING = {
 }
 
 
-class Recorder:
+class Recorder(Observer):
     """Times what one rank does in each step of training.
 
     A new instruction ends the one before it, so spans never overlap, where an engine calls one thing from within
     another, too.
     """
 
+    starts_together = True  # no rank is still busy with the step before
+
     def __init__(self, directory: Path, rank: int, device: Any):
+        self._directory = directory
         self._path = directory / f"trace_rank{rank}.jsonl"
         self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
         self._head = {"rank": rank, "device": str(device), "without_model": self._clock.tensors()}
@@ -51,26 +55,22 @@ class Recorder:
         self._spans: list[tuple[Any, ...]] | None = None
         self._open: tuple[str, int, int, Any] | None = None
 
-    def start(self, replica: int, blocking: bool) -> None:
-        """Begin the file.
-
-        Args:
-            replica: which data-parallel copy the rank belongs to.
-            blocking: whether its engine sends and receives with calls that return once the message is there.
-        """
-        head = self._head | {"replica": replica, "blocking": blocking, "clock_offset": self._offset}
+    def built(self, engine: Any) -> None:
+        """Begin the file."""
+        head = self._head | {"replica": engine.replica, "blocking": engine.blocking, "clock_offset": self._offset}
         self._path.write_text(to_json(head | {"with_model": self._clock.tensors()}) + "\n")
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """Start recording a step."""
         self._clock.start()
         self._memory = self._clock.memory()
         self._spans, self._begin = [], self._clock.now()
 
-    def before(self, name: str, micro_batch: int | None, stage: int) -> None:
+    def before(self, instruction: Instruction) -> None:
         """Note that an instruction begins; outside of a step nothing is noted."""
         if self._spans is None:
             return
+        name, stage, micro_batch, _ = instruction
         now = self._clock.now()
         if self._open:
             self._close(now)
@@ -96,6 +96,14 @@ class Recorder:
         memory = {"memory": self._memory, "peak": self._clock.peak()}
         line = {"step": step, "begin": begin, "end": end, **memory, "spans": times}
         append(self._path, line)
+
+    def trained(self) -> None:
+        """Write all ranks' steps for Perfetto, on the first of them."""
+        import torch.distributed as dist
+
+        dist.barrier()  # the other ranks have written their last step
+        if self._head["rank"] == 0:
+            print(f"trace: {write_chrome(self._directory)}, for https://ui.perfetto.dev", flush=True)
 
     def _seconds(self, mark: Any) -> float:
         return round(self._clock.seconds(mark) + self._offset, 7)

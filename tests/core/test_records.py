@@ -49,7 +49,7 @@ def test_a_loss_that_is_no_number_is_told_and_is_null_in_json(runs, capsys):
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_can_be_read_again(tmp_path, loss):
     about = {name: 1 for name in ("stages", "replicas", "train_batch", "micro_batch", "micro_batches")}
-    about |= {"command": "", "parts": [], "layers": [], "result": {"loss": loss, "of": [(loss, 1.5)]}}
+    about |= {"command": "", "bounds": [], "layers": [], "result": {"loss": loss, "of": [(loss, 1.5)]}}
     records.write_json(tmp_path / "run.json", about | {"status": "finished"})
     writer = records.StepWriter(tmp_path, 4)
     writer.write(1, 2.5, 0.1)

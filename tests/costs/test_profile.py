@@ -278,14 +278,14 @@ def test_launch_measures_before_it_makes_a_run(runs, measured, monkeypatch, caps
     run = launch(stages=2, replicas=2, partition="profile", dropout=0.5, config=SMALL, runs_dir=runs)
     costs = profile.costs_of("alexnet", 2, 4, 0.5)
     assert measured == [("alexnet", 2, 4, 0.5)]
-    assert run.parts == profile.choose(costs, 2, run.micro_batches) != [0, 19, 22]
+    assert run.bounds == profile.choose(costs, 2, run.micro_batches) != [0, 19, 22]
     said = capsys.readouterr().out
-    assert profile.table(costs, run.parts, run.micro_batches) in said
+    assert profile.table(costs, run.bounds, run.micro_batches) in said
     assert watched[0][watched[0].index("--partition") + 1] == "profile"
     config = SMALL | {"train_batch_size": 8}
     flags = {"engine": "torch", "schedule": "interleaved_1f1b", "chunks": 2}
     run = launch(partition="profile", dropout=0.5, config=config, runs_dir=runs, **flags)
-    assert run.parts == profile.choose(profile.costs_of("alexnet", 2, 2, 0.5), 4, 4)
+    assert run.bounds == profile.choose(profile.costs_of("alexnet", 2, 2, 0.5), 4, 4)
     there = list(runs.iterdir())
     monkeypatch.setattr(profile, "measure", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -303,9 +303,9 @@ def test_the_first_rank_measures_and_cuts_for_all(runs):
     (place,) = (runs / "cache" / "pipetutor").glob("mobilenet*")
     costs = LayerCosts.load(place)
     assert (costs.micro_batch, costs.ranks, costs.threads) == (2, 2, 1)
-    assert run.parts == profile.choose(costs, 2, run.micro_batches)
+    assert run.bounds == profile.choose(costs, 2, run.micro_batches)
     said = (runs / "rank0.txt").read_text()
-    assert profile.table(costs, run.parts, run.micro_batches) in said and "16/16 micro-batches" in said
+    assert profile.table(costs, run.bounds, run.micro_batches) in said and "16/16 micro-batches" in said
     assert "stage " not in (runs / "rank1.txt").read_text()
     assert not processes_of(runs)
 

@@ -1,0 +1,314 @@
+"""DeepSpeed's two engines, as ``pipetutor.core.engine`` wants one: data-parallel, and a pipeline's stage.
+
+What DeepSpeed gives and this workbook needs otherwise is settled here: bounds as a partition method, the
+config that its engine gets, the model's state under torchvision's names, and a look at each instruction
+before the engine executes it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipetutor.core.accumulate import accumulate_in_place
+from pipetutor.core.batch import batch_arithmetic
+from pipetutor.core.config import dtype_of
+from pipetutor.core.engine import After, Batches, Before, others, say
+from pipetutor.core.layers import join_layers, layer_names
+from pipetutor.core.recompute import StageLayers
+from pipetutor.schedule.orders import PARTNERS, Instruction
+
+
+class PipelineModule(deepspeed.pipe.PipelineModule):
+    """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22``, and lets other stages' layers go.
+
+    DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model. Its own
+    activation checkpointing would have running statistics take in each micro-batch twice; ``StageLayers`` has none
+    of that.
+
+    Args:
+        recompute: see ``StageLayers``.
+        about: the arguments of DeepSpeed's ``PipelineModule``.
+    """
+
+    _layer_specs: list[Any]
+
+    def __init__(self, *, recompute: bool = False, **about: Any):
+        super().__init__(**about)
+        # In a tuple, which torch does not look into: the layers have their names in this module already.
+        self._stage = (StageLayers(self.forward_funcs, recompute),)
+
+    def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
+        """Compute the stage's output."""
+        return self._stage[0](forward_input)
+
+    def _build(self) -> None:
+        super()._build()
+        held = range(self._local_start, self._local_stop)
+        self._layer_specs = [spec if index in held else None for index, spec in enumerate(self._layer_specs)]
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        if method[0].isdigit():
+            self.parts = [int(bound) for bound in method.split(",")]
+            self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+        else:
+            super()._partition_layers(method)
+
+
+def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
+    """Return a DeepSpeed config as the engine gets it.
+
+    What DeepSpeed 0.19.8 would do otherwise, and what is done about it:
+
+    - It compiles its Adam at first use, which needs a compiler, and nvcc on a GPU. torch's AdamW takes its
+      place, with DeepSpeed's default decay of 0 and not torch's 0.01, and fused: one pass over the memory
+      instead of ten makes it five times as fast on a CPU (34 against 170 ms for 54 million weights).
+    - It clips gradients to a norm of 1 when nobody asked, and takes that norm over each stage alone: the
+      losses of a pipeline would depend on its cut. Clipping is off unless the config asks for it.
+    - In bf16 and fp16 it leaves buffers in fp32, and torch's batch normalisation takes no weights of another dtype
+      than its running statistics. They become what the weights are.
+    - ``wall_clock_breakdown`` ends its pipeline engine ("timer has already been started"). It is left out.
+    - It prints steps in its own form. They are printed by ``pipetutor.train``, in one form for both modes.
+    """
+    config = {"gradient_clipping": 0.0} | config
+    config["steps_per_print"] = None
+    if stages > 1 and config["gradient_clipping"]:
+        say("gradient_clipping: DeepSpeed clips each stage by its own norm, so the losses depend on the cut")
+    optimizer = dict(config.get("optimizer", {}))
+    if optimizer.get("type", "").lower() in ("adam", "adamw"):
+        params = {"torch_adam": True, "weight_decay": 0.0} | optimizer.get("params", {})
+        optimizer["params"] = ({"fused": True} | params) if params["torch_adam"] else params
+        config["optimizer"] = optimizer
+    if (dtype := dtype_of(config)) != "fp32":
+        config["data_types"] = {"buffer_dtype": dtype} | config.get("data_types", {})
+    if stages and config.pop("wall_clock_breakdown", False):
+        say("wall_clock_breakdown is left out: DeepSpeed's pipeline engine does not support it")
+    return config
+
+
+class _DeepSpeed:
+    """What both have in common.
+
+    Attributes:
+        deepspeed: DeepSpeed's own engine.
+    """
+
+    def __init__(self, net: nn.Module, config: dict[str, Any], stages: int):
+        self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            model=net,
+            model_parameters=[p for p in net.parameters() if p.requires_grad],
+            config=engine_config(config, stages),
+        )
+        self.device: torch.device = self.deepspeed.device
+        self.batch = batch_arithmetic(config, self.deepspeed.dp_world_size)
+        if self.batch.replicas == 1 and not self.deepspeed.zero_optimization():
+            # To add them up over one replica, it would copy all gradients into one tensor and back.
+            name = "pipeline_enable_backward_allreduce" if stages else "enable_backward_allreduce"
+            setattr(self.deepspeed, name, False)
+
+    def resumed(self, step: int) -> None:
+        """Go on from a checkpoint that stands after a step."""
+        self.deepspeed.global_steps = step
+
+    def _share_buffers(self, replicas: Sequence[int], group: Any) -> None:
+        """Take over the buffers, as running statistics, of the first of the ranks that hold the same layers."""
+        if self.batch.replicas > 1:
+            for buffer in self.deepspeed.module.buffers():
+                dist.broadcast(buffer, src=min(replicas), group=group)
+
+
+class DataParallel(_DeepSpeed):
+    """The whole model on each rank; see ``pipetutor.core.engine.Engine``.
+
+    Args:
+        model: a torchvision model.
+        config: a whole DeepSpeed config.
+    """
+
+    is_first = True
+    blocking = False
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]):
+        super().__init__(model, config, stages=0)
+        self.replica = dist.get_rank()
+        self._before: Before = lambda _: None
+        self._after: After = lambda: None
+
+    def _micro_batch(self) -> int:
+        return self.deepspeed.micro_steps % self.batch.accumulation
+
+    def observe(self, before: Before, after: After) -> None:
+        """Give what DeepSpeed's methods do the names of a pipeline's instructions.
+
+        It reduces gradients within its backward pass, so ``before`` may be called twice in a row.
+        """
+        self._before, self._after = before, after
+
+        def observed(name: str, execute: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                last = self.deepspeed.is_gradient_accumulation_boundary()  # after it alone do ranks meet
+                if last or name not in ("ReduceGrads", "OptimizerStep"):
+                    peers = others() if name == "ReduceGrads" else ()
+                    before(Instruction(name, 0, self._micro_batch(), peers))
+                result = execute(*args, **kwargs)
+                after()
+                return result
+
+            return run
+
+        methods = {
+            "forward": "ForwardPass",
+            "backward": "BackwardPass",
+            "allreduce_gradients": "ReduceGrads",
+            "step": "OptimizerStep",
+        }
+        for method, name in methods.items():
+            setattr(self.deepspeed, method, observed(name, getattr(self.deepspeed, method)))
+
+    def feed(self, micro_batches: Batches) -> Batches:
+        """Have each load observed."""
+        return _Observed(self, micro_batches)
+
+    def load(self, micro_batches: Batches) -> list[torch.Tensor]:
+        """Load a micro-batch."""
+        self._before(Instruction("LoadMicroBatch", 0, self._micro_batch()))
+        found = next(micro_batches)
+        self._after()
+        return found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the model's ``state_dict``."""
+        return dict(self.deepspeed.module.state_dict(keep_vars=True))
+
+    def logits(self, micro_batches: Batches, count: int) -> list[torch.Tensor]:
+        """Compute forward alone; every rank returns logits."""
+        self._share_buffers(range(dist.get_world_size()), None)
+        self.deepspeed.eval()
+        found = []
+        for number in range(count):
+            images, _ = next(micro_batches)
+            self._before(Instruction("ForwardPass", 0, number))
+            found.append(self.deepspeed.module(images))
+        self.deepspeed.train()
+        return found
+
+
+class _Observed:
+    """Micro-batches whose loads are observed; no generator, which would hold on to the last one."""
+
+    def __init__(self, engine: DataParallel, micro_batches: Batches):
+        self._engine, self._micro_batches = engine, micro_batches
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> list[torch.Tensor]:
+        return self._engine.load(self._micro_batches)
+
+
+class Pipeline(_DeepSpeed):
+    """A stage of the model on each rank; the ranks beyond one pipeline are replicas of it.
+
+    Args:
+        model: a torchvision model that ``join_layers`` can flatten; the rank keeps its own layers of it.
+        stages: pipeline stages P.
+        part: where to cut: a method of DeepSpeed, or bounds such as ``0,16,22``.
+        config: a whole DeepSpeed config.
+        recompute: keep the input of the stage alone for each micro-batch, and compute the rest once more in its
+            backward pass (activation checkpointing; Chen et al., arXiv:1604.06174).
+    """
+
+    blocking = True
+
+    def __init__(self, model: nn.Module, stages: int, part: str, config: dict[str, Any], recompute: bool = False):
+        layers = join_layers(model)
+        self._names = layer_names(model, layers)
+        if dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage"):
+            accumulate_in_place(layers)  # the others take each gradient from autograd, into a buffer of their own
+        net = PipelineModule(
+            layers=layers,
+            loss_fn=nn.CrossEntropyLoss(),
+            num_stages=stages,
+            partition_method=part,
+            activation_checkpoint_interval=0,
+            recompute=recompute,
+        )
+        super().__init__(net, config, stages)
+        self.replica = self.deepspeed.grid.get_data_parallel_rank()
+        self.is_first = self.deepspeed.is_first_stage()
+
+    def train_batch(self, data_iter: Batches) -> torch.Tensor:
+        """Train one step, and return the mean loss over its micro-batches and all replicas, on every rank."""
+        loss = self.deepspeed.train_batch(data_iter=data_iter)
+        # It would keep the last micro-batches until those of the next step take their places.
+        self.deepspeed.pipe_buffers["inputs"] = [None] * len(self.deepspeed.pipe_buffers["inputs"])
+        return loss
+
+    def observe(self, before: Before, after: After) -> None:
+        """Look at each of its instructions.
+
+        An instruction names a buffer; the micro-batch in it follows from the order. 1F1B keeps micro-batches in
+        order: the n-th ForwardPass of a step is that of micro-batch n, and so on for each kind. ``AggregateLoss`` is
+        the exchange of the loss that follows the last instruction of a step.
+        """
+        engine = self.deepspeed
+        grid, stage, last = engine.grid, engine.stage_id, engine.num_stages - 1
+        replicas = tuple(rank for rank in grid.dp_group if rank != dist.get_rank())
+        done: Counter[str] = Counter()
+
+        def observed(name: str, execute: Callable[..., None]) -> Callable[..., None]:
+            peers = replicas if name == "ReduceGrads" else ()
+            if name in PARTNERS and 0 <= (neighbour := stage + PARTNERS[name][1]) <= last:
+                peers = (grid.stage_to_global(neighbour),)
+
+            def run(self: Any, **kwargs: int) -> None:
+                before(Instruction(name, stage, done[name] if "buffer_id" in kwargs else None, peers))
+                done[name] += 1
+                execute(self, **kwargs)
+                after()
+
+            return run
+
+        instructions = engine._INSTRUCTION_MAP.items()
+        engine._INSTRUCTION_MAP = {kind: observed(kind.__name__, execute) for kind, execute in instructions}
+        exec_schedule, aggregate = engine._exec_schedule, engine._aggregate_total_loss
+
+        def counted_schedule(schedule: Any) -> None:
+            done.clear()
+            exec_schedule(schedule)
+
+        def observed_aggregate() -> torch.Tensor:
+            peers = replicas if stage == last else (grid.stage_to_global(last),)
+            before(Instruction("AggregateLoss", stage, None, peers))
+            loss = aggregate()
+            after()
+            return loss
+
+        engine._exec_schedule, engine._aggregate_total_loss = counted_schedule, observed_aggregate
+
+    def feed(self, micro_batches: Batches) -> Batches:
+        """Return them as they are: to load one is an instruction of its own."""
+        return micro_batches
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of this rank's layers."""
+        net = self.deepspeed.module
+        names = self._names[net.parts[net.stage_id] : net.parts[net.stage_id + 1]]
+        state: dict[str, torch.Tensor] = {}
+        for name, layer in zip(names, net.forward_funcs, strict=True):
+            state |= layer.state_dict(prefix=f"{name}.", keep_vars=True)
+        return state
+
+    def logits(self, micro_batches: Batches, count: int) -> list[torch.Tensor]:
+        """Run DeepSpeed's inference schedule."""
+        engine = self.deepspeed
+        self._share_buffers(engine.grid.dp_group, engine.mpu.get_data_parallel_group())
+        # With the loss left out, an output takes its place: all of them are kept, and one is added to a sum.
+        engine.total_loss = None
+        found = engine.eval_batch(micro_batches, compute_loss=False, reduce_output=None, num_micro_batches=count)
+        engine.total_loss = None
+        return found or []

@@ -1,0 +1,53 @@
+"""What a run will be: preflight has found nothing wrong with it, and trainers, loop and engines go by it. No torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipetutor.core.batch import Batch
+from pipetutor.options import Options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be.
+
+    Attributes:
+        options: what was asked for.
+        config: the whole DeepSpeed config.
+        batch: the batch arithmetic, with the number of replicas.
+        bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline, and for ``profile`` until
+            ``pipetutor.costs.profile.cut`` has chosen them.
+        layers: class name of each layer; empty for the baseline.
+        backend: ``nccl`` or ``gloo``.
+        done: steps that the checkpoint holds from which the run resumes; 0 without one.
+        notice: what was decided for the user and why; empty when nothing was.
+    """
+
+    options: Options
+    config: dict[str, Any]
+    batch: Batch
+    bounds: list[int]
+    layers: list[str]
+    backend: str
+    done: int
+    notice: str
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as the fields of run.json."""
+        return {
+            "model": self.options.model,
+            "stages": self.options.stages,
+            "replicas": self.batch.replicas,
+            "train_batch": self.batch.train,
+            "micro_batch": self.batch.micro,
+            "micro_batches": self.batch.accumulation,
+            "bounds": self.bounds,
+            "layers": self.layers,
+            "backend": self.backend,
+            "engine": self.options.engine,
+            "schedule": self.options.schedule,
+            "chunks": self.options.chunks,
+            "done": self.done,
+            "config": self.config,
+            "options": self.options.record(),
+        }

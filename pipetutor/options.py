@@ -1,0 +1,355 @@
+"""Each option of a run, once: its name, its default, its flags, what its value may be, and what it is for.
+
+From the fields of ``Options`` come the parser of ``pipetutor.train``, the signature and the Args of
+``pipetutor.launch``, the command that ``launch`` prints, what run.json keeps, what ranks on several hosts compare,
+and the README's table of flags. A new option is one field here, and the code that uses it.
+
+Nothing here loads torch.
+"""
+
+import argparse
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pipetutor.data.fetch import DATA_DIR
+from pipetutor.schedule.orders import SCHEDULES
+from pipetutor.system.command import Parser
+from pipetutor.system.kinds import KINDS, Kind, check, closest
+
+DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
+BACKENDS = ("gloo", "nccl")
+DTYPES = ("fp32", "bf16")
+ENGINES = ("deepspeed", "torch")
+TRANSFORMS = ("batched", "pil")
+PROFILE = "profile"
+METHODS = "parameters, uniform, type:REGEX, profile (measured), or bounds such as 0,16,22"
+T = TypeVar("T")
+POSITIONAL = 3  # so many of the options may be given to launch without their names
+
+
+def option(
+    default: Any,
+    kind: Any,
+    purpose: str,
+    *flags: str,
+    typed: Any = MISSING,
+    launched: bool = True,
+    common: bool = True,
+) -> Any:
+    """Return the field of an option.
+
+    Args:
+        default: its value where none is given.
+        kind: what its value may be; see ``pipetutor.system.kinds``.
+        purpose: what it is for, in a few words or sentences.
+        flags: on the command line, of which the last gives the name there; none for an option of ``launch`` alone.
+        typed: the default on the command line, where it is another one.
+        launched: whether ``launch`` takes it.
+        common: whether it must be the same on every rank. Files may have other names on other hosts.
+    """
+    typed = default if typed is MISSING else typed
+    about = {"kind": kind, "purpose": purpose, "flags": flags, "typed": typed, "launched": launched, "common": common}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a run.
+
+    Raises:
+        ValueError: a value is not of its option's kind; the message says what was given and what is needed.
+    """
+
+    stages: int = option(
+        2,
+        "whole",
+        "pipeline stages P; 0 trains the data-parallel baseline",
+        "-p",
+        "--pipeline-parallel-size",
+    )
+    replicas: int = option(
+        1, "count", "copies of the pipeline, or of the model with stages=0, each on its own share of a batch"
+    )
+    steps: int = option(
+        20, "count", "train batches to run, those before a checkpoint included", "-s", "--steps", typed=100
+    )
+    model: str = option(
+        "alexnet",
+        "text",
+        "any torchvision model that is features, avgpool and classifier in a row: AlexNet, VGG, MobileNetV3, "
+        "EfficientNet, ConvNeXt; see pipetutor.core.partition.catalog()",
+        "--model",
+    )
+    dataset: str = option(
+        "synthetic",
+        tuple(DATASET_SIZES),
+        "synthetic: ten drawn shapes, 2,000 train and 500 test images; or cifar10, downloaded once",
+        "--dataset",
+    )
+    data_dir: str | Path = option(
+        DATA_DIR,
+        "path",
+        "where the data is or will be; PIPETUTOR_DATA_DIR sets the default",
+        "--data-dir",
+        common=False,
+    )
+    partition: str = option(
+        "parameters",
+        Kind(f"a string: {METHODS}", KINDS["text"].fits),
+        "where to cut: parameters, uniform, type:REGEX, bounds such as 0,16,22, or profile: the best cut by what "
+        "each layer costs on this CPU, which is measured the first time; not for the baseline",
+        "--partition",
+    )
+    config: str | Path | dict[str, Any] | None = option(
+        None,
+        "config?",
+        "a DeepSpeed config: a file's path, taken whole; launch takes a dict as well, and lays it over the default",
+        "--deepspeed_config",
+        common=False,
+    )
+    dropout: float | None = option(
+        None, "share?", "probability for every dropout layer; 0 turns dropout off", "--dropout"
+    )
+    seed: int = option(1138, "seed", "of weights, dropout and data order", "--seed")
+    backend: str | None = option(
+        None,
+        (None, *BACKENDS),
+        "nccl or gloo; by default nccl where every rank has a GPU, else gloo",
+        "--backend",
+        common=False,
+    )
+    eval_every: int | None = option(
+        None,
+        "count?",
+        "evaluate on the whole test set every so many steps and at the end; each image counts exactly once",
+        "--eval-every",
+    )
+    save_every: int | None = option(
+        None,
+        "count?",
+        "save a checkpoint every so many steps and at the end; the newest two are kept",
+        "--save-every",
+    )
+    resume: str | Path | None = option(
+        None,
+        "path?",
+        "go on from a checkpoint, or from the newest of a run directory, with any number of stages and replicas",
+        "--resume",
+        common=False,
+    )
+    weights: str | Path | None = option(
+        None, "path?", "start from a torchvision state_dict", "--weights", common=False
+    )
+    dtype: str | None = option(
+        None,
+        (None, *DTYPES),
+        "fp32 or bf16, put above what the config says: bf16 makes a step shorter on processors that have "
+        "instructions for it, and far longer on others, which a run says first",
+        "--dtype",
+    )
+    transforms: str = option(
+        "batched",
+        TRANSFORMS,
+        "batched: 8-bit images are enlarged a micro-batch at a time, on the rank's device; pil: one by one",
+        "--transforms",
+    )
+    engine: str = option(
+        "deepspeed",
+        ENGINES,
+        "deepspeed, or torch: the same model, cut and data through torch.distributed.pipelining, which plays every "
+        "schedule",
+        "--engine",
+    )
+    schedule: str = option(
+        "1f1b",
+        tuple(SCHEDULES),
+        f"in which order a rank computes: {', '.join(SCHEDULES)}; DeepSpeed's engine runs 1f1b",
+        "--schedule",
+    )
+    chunks: int = option(
+        1,
+        "count",
+        "stages of the model on each rank, for interleaved_1f1b; rank r holds the stages r, r + P, ...",
+        "--chunks",
+    )
+    recompute: bool = option(
+        False,
+        "switch",
+        "activation checkpointing: a stage keeps its input alone and computes the rest once more",
+        "--recompute",
+    )
+    trace: bool = option(False, "switch", "time every instruction on every rank, into the run directory", "--trace")
+    fault: str | None = option(
+        None,
+        "text?",
+        "inject a fault, such as stall:rank=1,step=3; also die, slow, ragged; see pipetutor.processes.faults",
+        "--fault",
+    )
+    deadline: float = option(
+        300,
+        dataclasses.replace(KINDS["above 0"], example="300"),
+        "seconds without a completed step after which the run is ended and explained",
+    )
+    runs_dir: str | Path = option("runs", "path", "where run directories are made")
+    run_dir: Path | None = option(
+        None,
+        "path?",
+        "record the run there: a new directory, or the one that the run goes on from",
+        "--run-dir",
+        launched=False,
+        common=False,
+    )
+    local_rank: int = option(
+        -1, Kind("a whole number", lambda value: isinstance(value, int)), "set by the launcher", "--local_rank",
+        launched=False, common=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            check(one.name, getattr(self, one.name), one.metadata["kind"])
+
+    @classmethod
+    def typed(cls, args: argparse.Namespace, ranks: int) -> "Options":
+        """Return what a command line says.
+
+        Args:
+            args: from ``parser``.
+            ranks: of the job, which the command line of a rank does not say.
+
+        Raises:
+            ValueError: see ``Options``.
+        """
+        given = {one.name: getattr(args, _dest(one)) for one in _with_flags(cls)}
+        check("stages", given["stages"], "whole")
+        return cls(**given, replicas=max(1, ranks // max(1, given["stages"])))
+
+    def words(self) -> list[str]:
+        """Return the words of a command line that says the same: what differs from the defaults there.
+
+        Those that have a letter are said in any case.
+        """
+        found: list[str] = []
+        for one in _with_flags(type(self)):
+            flags, value = one.metadata["flags"], getattr(self, one.name)
+            if value != one.metadata["typed"] or len(flags) > 1:
+                found += [flags[0]] if value is True else [flags[0], str(value)]
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Return what run.json keeps of them: all but the config, which it has whole."""
+        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "config"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+    def common(self) -> dict[str, Any]:
+        """Return those that must be the same on every rank, by the names that they have on the command line."""
+        return {_dest(one): getattr(self, one.name) for one in _with_flags(type(self)) if one.metadata["common"]}
+
+    def on_this_host(self, mine: "Options") -> "Options":
+        """Return these options, with those that a rank's own command says of its host."""
+        own = {one.name: getattr(mine, one.name) for one in dataclasses.fields(self) if not one.metadata["common"]}
+        return dataclasses.replace(self, **own)
+
+
+def _with_flags(options: type[Options]) -> Iterator[Field[Any]]:
+    return (one for one in dataclasses.fields(options) if one.metadata["flags"])
+
+
+def _dest(one: Field[Any]) -> str:
+    return one.metadata["flags"][-1].lstrip("-").replace("-", "_")
+
+
+def _path(text: str) -> Path:
+    try:
+        check("it", text, "path")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def _reader(hint: Any) -> Any:
+    """Return what makes an option's value of a word: the one that its type has beside None and str."""
+    kinds = set(get_args(hint) or [hint]) - {type(None), str}
+    return _path if Path in kinds else next(iter(kinds & {int, float}), str)
+
+
+def parser(options: type[Options] = Options) -> Parser:
+    """Return the parser of ``pipetutor.train``."""
+    made = Parser(
+        prog="pipetutor.train",
+        description="train AlexNet, or another model of torchvision, in a pipeline",
+        conflict_handler="resolve",  # DeepSpeed adds its own --deepspeed_config
+    )
+    hints = get_type_hints(options)
+    for one in _with_flags(options):
+        default = one.metadata["typed"]
+        about: dict[str, Any] = {"default": default, "help": _purpose(one, default).replace("%", "%%")}
+        if hints[one.name] is bool:
+            about["action"] = "store_true"
+        else:
+            about |= {"type": _reader(hints[one.name]), "metavar": one.name.upper()}
+        made.add_argument(*one.metadata["flags"], **about)
+    return made
+
+
+def _purpose(one: Field[Any], default: Any) -> str:
+    return one.metadata["purpose"] + ("" if default in (None, False, -1) else f" (default {default})")
+
+
+def takes_options(function: Callable[[Options], T]) -> Callable[..., T]:
+    """Have a function be called with the options of a launch themselves, as its signature and documentation say.
+
+    Args:
+        function: its documentation has ``{options}`` where its arguments are to stand.
+    """
+    taken = {one.name: one for one in dataclasses.fields(Options) if one.metadata["launched"]}
+    hints = get_type_hints(Options)
+    kinds = [
+        inspect.Parameter.POSITIONAL_OR_KEYWORD if place < POSITIONAL else inspect.Parameter.KEYWORD_ONLY
+        for place in range(len(taken))
+    ]
+    signature = inspect.Signature(
+        [
+            inspect.Parameter(name, kind, default=one.default, annotation=hints[name])
+            for kind, (name, one) in zip(kinds, taken.items(), strict=True)
+        ],
+        return_annotation=get_type_hints(function)["return"],
+    )
+
+    @functools.wraps(function)
+    def call(*given: Any, **named: Any) -> T:
+        try:
+            asked = signature.bind(*given, **named).arguments
+        except TypeError as error:
+            unknown = next((name for name in named if name not in taken), "")
+            close = closest(unknown, list(taken), 0.5) if unknown else ""
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise TypeError(f"{function.__name__}() {error}{hint}") from None
+        return function(Options(**asked))
+
+    lines = "\n        ".join(f"{name}: {one.metadata['purpose']}." for name, one in taken.items())
+    call.__doc__ = (function.__doc__ or "").replace("{options}", lines)
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def table(options: type[Options] = Options) -> str:
+    """Return the flags as a markdown table."""
+    rows = ["| flag | `launch` | default | what it is for |", "|---|---|---|---|"]
+    for one in dataclasses.fields(options):
+        about = one.metadata
+        flags = ", ".join(f"`{flag}`" for flag in about["flags"])
+        name = f"`{one.name}`" if about["launched"] else ""
+        rows.append(f"| {flags} | {name} | {_shown(one)} | {about['purpose']} |")
+    return "\n".join(rows)
+
+
+def _shown(one: Field[Any]) -> str:
+    about = one.metadata
+    if one.default is None or one.name == "local_rank":
+        return ""
+    return f"`{one.default}`" + (f" (flag: `{about['typed']}`)" if about["typed"] != one.default else "")
