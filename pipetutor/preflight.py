@@ -4,8 +4,6 @@
 the same words. No torch: it answers in milliseconds, unless a run on the CPU asks for numbers of 16 bits.
 """
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from pipetutor.schedule.orders import SCHEDULES, idle_share
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
 from pipetutor.system.kinds import KINDS, Kind, check
+from pipetutor.system.network import check_network
 
 DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")
@@ -260,21 +259,6 @@ def preflight(
         done=done,
         notice="\n".join(notices),
     )
-
-
-def check_network(backend: str) -> None:
-    """Refuse network interfaces that this host does not have: gloo takes a list of them, NCCL one of its prefixes."""
-    variable = f"{backend.upper()}_SOCKET_IFNAME"
-    given, here = os.environ.get(variable, ""), [name for _, name in socket.if_nameindex()]
-    if not given or given.startswith("^"):  # NCCL's: all but these
-        return
-    wanted, exact = given.removeprefix("=").split(","), backend == "gloo" or given.startswith("=")
-    found = [name for name in wanted if name in here or (not exact and any(each.startswith(name) for each in here))]
-    if not found or (backend == "gloo" and found != wanted):
-        raise ValueError(
-            f"{variable} is {given}, but this host has no such network interface: use one of {', '.join(here)}, or "
-            "unset it"
-        )
 
 
 def _other_numbers(ranks: int, stages: int) -> str:

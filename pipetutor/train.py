@@ -40,9 +40,10 @@ from pipetutor.processes.agreement import Refused, agree
 from pipetutor.processes.environment import free_port
 from pipetutor.processes.heartbeat import Heartbeat
 from pipetutor.processes.supervise import end_when_asked
-from pipetutor.processes.watch import Parser, RunFailed
+from pipetutor.processes.watch import RunFailed
 from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system import disk
+from pipetutor.system.command import Parser
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
 from pipetutor.system.machine import cpu_cores, versions

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pipetutor.core import records
 from pipetutor.core.partition import Layer, bounds_for, catalog, fastest
-from pipetutor.costs.measure import measure
+from pipetutor.costs.measuring import measure
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch
 from pipetutor.preflight import Plan
@@ -35,7 +35,7 @@ from pipetutor.system import disk, machine
 STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two moments
 DTYPE = "float32"
 # The modules whose code costs depend on.
-MEASURING = ("costs/table", "costs/measure", "costs/ranks", "core/accumulate", "core/layers", "data/loader")
+MEASURING = ("costs/table", "costs/measuring", "costs/ranks", "core/accumulate", "core/layers", "data/loader")
 # What keeps torch, oneDNN and MKL from instructions that the CPU has.
 INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
 
