@@ -17,6 +17,8 @@ from pipetutor.system import disk
 from pipetutor.system.command import call
 from pipetutor.system.kinds import check
 
+__all__ = ["export", "load_weights"]
+
 NEEDED = "give a file that torch.save(model.state_dict(), file) or pipetutor.weights wrote"
 
 

@@ -24,6 +24,8 @@ from pipetutor.system.command import call
 from pipetutor.system.kinds import check, list_of, named, whole
 from pipetutor.system.network import check_network
 
+__all__ = ["Certificate", "certify"]
+
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")
 GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together

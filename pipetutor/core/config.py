@@ -11,6 +11,8 @@ from typing import Any
 
 from pipetutor.system.kinds import KINDS, Kind, check, check_keys, closest, shown
 
+__all__ = ["DTYPES", "OBJECTS", "dtype_of", "half_precision", "read_config"]
+
 DTYPES = ("fp32", "bf16")
 OBJECTS = {
     "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+__all__ = ["METHODS", "PROFILE", "Layer", "bounds_for", "catalog", "check_stages", "fastest"]
+
 PROFILE = "profile"
 METHODS = "parameters, uniform, type:REGEX, profile (measured), or bounds such as 0,16,22"
 

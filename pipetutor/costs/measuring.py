@@ -14,6 +14,8 @@ from pipetutor.system.command import call
 from pipetutor.system.kinds import check, whole
 from pipetutor.system.network import check_network
 
+__all__ = ["measure"]
+
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
 

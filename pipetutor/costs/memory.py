@@ -26,6 +26,8 @@ from pipetutor.schedule.timeline import CODE
 from pipetutor.system.kinds import check
 from pipetutor.tracing.trace import Trace
 
+__all__ = ["PARTS", "measure", "predict"]
+
 PARTS = ("parameters", "gradients", "optimizer", "activations", "peak")
 FP32 = 4
 Memory = dict[str, float]  # bytes, for each of PARTS

@@ -32,6 +32,8 @@ from pipetutor.preflight import Plan
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.system import disk, machine
 
+__all__ = ["choose", "costs_of", "cut", "stage_seconds", "table"]
+
 STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two moments
 DTYPE = "float32"
 # The modules whose code costs depend on.

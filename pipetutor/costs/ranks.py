@@ -33,6 +33,8 @@ from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.data import fetch, loader
 from pipetutor.processes.forks import forked
 
+__all__: list[str] = []
+
 REPEATS = 3
 SEED = 1138
 PATIENCE_SECONDS = 600

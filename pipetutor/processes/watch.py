@@ -24,6 +24,8 @@ from pipetutor.core import records
 from pipetutor.processes.supervise import Process
 from pipetutor.system import machine
 
+__all__ = ["RunFailed", "briefly", "ending_with_a_status", "run_job", "watch"]
+
 SUPERVISOR = "from pipetutor.processes.supervise import main; main()"
 SUPERVISOR_SECONDS = 10
 P = ParamSpec("P")
