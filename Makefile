@@ -47,6 +47,7 @@ test: $(READY)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -c 'from importlinter.cli import lint_imports_command as check; check()' --no-cache --no-logo
 	$(VENV)/bin/python -m nbstripout --keep-id --verify notebooks/*.ipynb
 	$(VENV)/bin/python -m pytest
 

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, SEED, STAGES, WARM_UP
+from benchmarks.contest import GROWING_STAGES, LATER, MICRO_BATCHES, RIVALS, STAGES, WARM_UP
 from pipetutor.core import records
-from pipetutor.core.config import read_config
 from pipetutor.core.partition import bounds_for, catalog
 from pipetutor.costs import profile
 from pipetutor.data import fetch
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
-from pipetutor.processes.watch import Parser, ending_with_a_status, run_job
+from pipetutor.processes.watch import ending_with_a_status, run_job
 from pipetutor.system import machine
+from pipetutor.system.command import call
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, list_of, named, whole
 
@@ -286,18 +286,8 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``bench`` from the command line; status 1 if losses differ or a rival fails, 2 for bad input."""
-    parser = Parser(prog="benchmarks", description="how fast is it, and compared to what?")
-    parser.add_argument("--rivals", default=",".join(RIVALS), help="default %(default)s")
-    parser.add_argument("--train-batch", type=int, default=128, help="images in a step (default %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="images in a micro-batch (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="whose losses are compared (default %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--more", action="store_true", help="also growth with M, and how long launch takes to start")
-    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
-    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     with ending_with_a_status():
-        args = vars(parser.parse_args())
-        found = bench(args.pop("rivals").split(","), **args)
+        found = call(bench, "benchmarks")
     print(found)
     print(f"written to {found.directory / FILE}")
     sys.exit(1 if found.wrong else 0)

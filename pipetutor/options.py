@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ TRANSFORMS = ("batched", "pil")
 PROFILE = "profile"
 METHODS = "parameters, uniform, type:REGEX, profile (measured), or bounds such as 0,16,22"
 T = TypeVar("T")
+WIDTH = 112  # of a line of documentation
 POSITIONAL = 3  # so many of the options may be given to launch without their names
 
 
@@ -331,8 +333,9 @@ def takes_options(function: Callable[[Options], T]) -> Callable[..., T]:
             raise TypeError(f"{function.__name__}() {error}{hint}") from None
         return function(Options(**asked))
 
-    lines = "\n        ".join(f"{name}: {one.metadata['purpose']}." for name, one in taken.items())
-    call.__doc__ = (function.__doc__ or "").replace("{options}", lines)
+    lines = (f"{name}: {one.metadata['purpose']}." for name, one in taken.items())
+    wrapped = (textwrap.fill(line, WIDTH, initial_indent=8 * " ", subsequent_indent=12 * " ") for line in lines)
+    call.__doc__ = (function.__doc__ or "").replace("        {options}", "\n".join(wrapped))
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 

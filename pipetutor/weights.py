@@ -12,19 +12,25 @@ from torch import nn
 
 from pipetutor.core import checkpoint
 from pipetutor.core.checkpoint import CheckpointError
-from pipetutor.processes.watch import Parser, ending_with_a_status
+from pipetutor.processes.watch import ending_with_a_status
 from pipetutor.system import disk
+from pipetutor.system.command import call
 from pipetutor.system.kinds import check
+
+__all__ = ["export", "load_weights"]
 
 NEEDED = "give a file that torch.save(model.state_dict(), file) or pipetutor.weights wrote"
 
 
-def export(path: str | Path, file: str | Path) -> None:
+def export(path: str | Path, file: str | Path) -> Path:
     """Write a checkpoint's weights as a plain torchvision ``state_dict``.
 
     Args:
         path: a checkpoint, or a run directory, whose newest is meant.
         file: a ``.pt`` file, which holds tensors alone: ``torch.load`` reads it with ``weights_only``.
+
+    Returns:
+        The file.
 
     Raises:
         ValueError: ``path`` or ``file`` is no path.
@@ -49,6 +55,7 @@ def export(path: str | Path, file: str | Path) -> None:
     finally:
         with contextlib.suppress(OSError):  # of a directory that is none, or not ours
             partial.unlink()
+    return file
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:
@@ -90,13 +97,9 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
 
 def main() -> None:
     """Run ``export`` from the command line; status 2 for bad input."""
-    parser = Parser(prog="pipetutor.weights", description="write a checkpoint's weights as a torchvision state_dict")
-    parser.add_argument("path", help="a checkpoint, or a run directory, whose newest is meant")
-    parser.add_argument("file", help="to write, such as alexnet.pt")
     with ending_with_a_status():
-        args = parser.parse_args()
-        export(args.path, args.file)
-    print(f"wrote {args.file}")
+        written = call(export, "pipetutor.weights")
+    print(f"wrote {written}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pipetutor import Run, RunFailed, launch
 from pipetutor.certify.certificate import certify
 from pipetutor.core import records
 from pipetutor.core.records import STEPS, read_lines
-from pipetutor.costs.measure import measure
+from pipetutor.costs.measuring import measure
 from pipetutor.processes.environment import free_port
 
 

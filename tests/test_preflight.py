@@ -1,5 +1,6 @@
 """What is refused before a process starts: each with what was given, what is needed and the next step, in a line."""
 
+import importlib
 import inspect
 import json
 import shlex
@@ -22,7 +23,7 @@ from pipetutor import launch
 from pipetutor.certify import certificate
 from pipetutor.core import config, records
 from pipetutor.core.config import read_config
-from pipetutor.costs import measure as costs
+from pipetutor.costs import measuring as costs
 from pipetutor.data import fetch
 from pipetutor.launcher import OPTIONS as LAUNCHED
 from pipetutor.preflight import DATASET_SIZES, OPTIONS, preflight
@@ -454,6 +455,14 @@ def test_what_fits_into_memory_is_accepted():
         planned_in_a_container(dict(ranks=4, config=read_config({})), 1.1)
 
 
+COMMANDS = {
+    "certify": "pipetutor.certify.certificate",
+    "bench": "benchmarks.bench",
+    "costs": "pipetutor.costs.measuring",
+    "weights": "pipetutor.weights",
+}
+
+
 @pytest.mark.parametrize(
     "module, line, words",
     [
@@ -468,7 +477,7 @@ def test_what_fits_into_memory_is_accepted():
     ],
 )
 def test_a_command_refuses_in_one_line_with_status_2(module, line, words, nothing_starts, runs, monkeypatch, capsys):
-    command = __import__(f"pipetutor.{module}", fromlist=["main"]).main
+    command = importlib.import_module(COMMANDS[module]).main
     monkeypatch.setattr(sys, "argv", [module, *shlex.split(line)])
     with pytest.raises(SystemExit) as ended:
         command()

@@ -1,11 +1,16 @@
 """The project's own files agree with one another."""
 
+import ast
+import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 import course
 import pipetutor
@@ -134,18 +139,66 @@ def anchors(page, on_github):
     return [word.replace(" ", "-") for word in words]
 
 
-def public_names(module):
-    return set(re.findall(DEFINED, (ROOT / "pipetutor" / module).read_text(), re.MULTILINE))
-
-
-def test_what_a_notebook_lists_of_the_code_is_there(notebook):
+def test_what_a_notebook_names_of_the_code_is_there(notebook):
     _, _, listed = prose(notebook).partition("### In the code")
-    entries = re.findall(r"^- `(\w+\.py)`: (.+)$", listed, re.MULTILINE)
-    assert entries
-    for module, words in entries:
-        others = re.findall(r"`(\w+\.py)`", words)
-        known = set.union(*map(public_names, [module, *others]))
-        assert set(re.findall(r"`([A-Za-z]\w*)`", words)) <= known, module
+    named = re.findall(r"`([\w/]+\.py)`", listed.partition("\n#")[0])
+    assert named and all((ROOT / name).is_file() for name in named), named
+
+
+def is_module(name):
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def taken(code):
+    """Yield (module, name) for what code imports from modules of the package, and for what it looks up in them."""
+    modules = {}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipetutor":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if is_module(whole):
+                    modules[alias.asname or alias.name] = whole
+                else:
+                    yield node.module, alias.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield modules[node.value.id], node.attr
+
+
+def code_of(path):
+    if path.suffix == ".py":
+        return path.read_text()
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return TransformerManager().transform_cell("\n".join(cells))
+
+
+MODULES = [path for path in sorted((ROOT / "pipetutor").rglob("*.py")) if path.stem != "__main__"]
+USERS = [*NOTEBOOKS, *MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_taken_from_a_room_is_offered_there(path):
+    """A private name may only be looked at: inspect.getsource shows how something is done."""
+    for module, name in taken(code_of(path)):
+        place = ROOT.joinpath(*module.split("."))
+        within = path.is_relative_to(place.parent) and place.parent != ROOT / "pipetutor"
+        offered = getattr(importlib.import_module(module), "__all__", [name])
+        assert within or name.startswith("_") or name in offered, f"{module} does not offer {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_module_offers_is_there(path):
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    assert all(hasattr(module, name) for name in getattr(module, "__all__", []))
+
+
+@pytest.mark.parametrize("module", ["pipetutor", "pipetutor.preflight", "pipetutor.schedule.orders"])
+def test_what_a_kernel_loads_first_is_light(module):
+    script = f"import sys, time; began = time.perf_counter(); import {module}; print(time.perf_counter() - began); "
+    script += "assert not {'torch', 'deepspeed', 'numpy'} & {*sys.modules}"
+    tried = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True) for _ in range(3)]
+    assert not tried[0].returncode, tried[0].stderr
+    assert min(float(one.stdout) for one in tried) < 0.3, "the best of three: other work may hold one up"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -82,7 +82,7 @@ CALL = """
 from pathlib import Path
 from pipetutor import weights
 from pipetutor.core import checkpoint, config, records
-from pipetutor.costs import measure as costs
+from pipetutor.costs import measuring as costs
 from pipetutor.data import fetch
 weights.checkpoint.load_tensors = weights.checkpoint.stored_tensors = lambda path, *tensors: {{}}
 for call in {calls}:

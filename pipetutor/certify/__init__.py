@@ -1,1 +1,5 @@
-"""The proof that a pipeline computes what one process computes."""
+"""Does the pipeline compute what one process computes? The certificate, and the proof behind it."""
+
+from pipetutor.certify.certificate import Certificate, certify
+
+__all__ = ["Certificate", "certify"]

@@ -7,7 +7,6 @@ updated parameter, every loss. The last rows are controls: pipelines that are ma
 comparison must find out. What is compared, and how, is in ``pipetutor.certify.proof``.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -19,10 +18,13 @@ from typing import Any
 from pipetutor.core import records
 from pipetutor.data import fetch
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.watch import Parser, briefly, ending_with_a_status, run_job
+from pipetutor.processes.watch import briefly, ending_with_a_status, run_job
 from pipetutor.system import machine
+from pipetutor.system.command import call
 from pipetutor.system.kinds import check, list_of, named, whole
 from pipetutor.system.network import check_network
+
+__all__ = ["Certificate", "certify"]
 
 MODELS = ("alexnet", "vgg")
 CONTROLS = ("summed", "scaled", "weights")
@@ -173,21 +175,8 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
-
-    def numbers(text: str) -> list[int]:
-        try:
-            return [int(number) for number in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers and commas: 1,2, say") from None
-
-    parser = Parser(prog="pipetutor.certify", description="does the pipeline equal one process?")
-    parser.add_argument("--models", default=",".join(MODELS), help="default %(default)s")
-    parser.add_argument("--stages", type=numbers, default=[1, 2, 3, 4], help="default 1,2,3,4")
-    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
-    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     with ending_with_a_status():
-        args = parser.parse_args()
-        certificate = certify(args.models.split(","), args.stages, data_dir=args.data_dir, runs_dir=args.runs_dir)
+        certificate = call(certify, "pipetutor.certify")
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

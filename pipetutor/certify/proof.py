@@ -30,6 +30,8 @@ from pipetutor.processes.forks import forked
 from pipetutor.schedule.orders import Instruction
 from pipetutor.system.uncompiled import torchvision
 
+__all__ = ["CONTROLS", "TOLERANCE", "Case", "compare", "reference"]
+
 MICRO_BATCH, STEPS, LEARNING_RATE, SEED = 2, 3, 0.05, 1138
 TOLERANCE = 1e-5  # of a tensor's largest entry: some eighty roundings of fp32
 MARGIN = 1000  # a control must be wrong by so many tolerances: what passes is a thousandth of what is found out

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+__all__ = ["accumulate_in_place"]
+
 
 class _Linear(torch.autograd.Function):
     @staticmethod

@@ -6,6 +6,8 @@ from typing import Any
 from pipetutor.schedule.orders import FORMULAS, idle_share
 from pipetutor.system.kinds import check
 
+__all__ = ["Batch", "batch_arithmetic", "explain"]
+
 
 @dataclass(frozen=True)
 class Batch:

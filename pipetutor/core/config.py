@@ -12,6 +12,8 @@ from typing import Any
 from pipetutor.options import DTYPES
 from pipetutor.system.kinds import check, check_keys, closest, shown
 
+__all__ = ["OBJECTS", "dtype_of", "half_precision", "read_config"]
+
 OBJECTS = {
     "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',
     "scheduler": '{"type": "WarmupLR"}',

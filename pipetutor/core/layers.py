@@ -13,6 +13,8 @@ from pipetutor.core.partition import Layer
 from pipetutor.core.records import to_json
 from pipetutor.system.uncompiled import torchvision
 
+__all__ = ["Flatten", "build", "catalog_entry", "join_layers", "layer_names", "write_catalog"]
+
 PARTS = ("features", "avgpool", "classifier")
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from pipetutor.options import METHODS, PROFILE
 
+__all__ = ["Layer", "bounds_for", "catalog", "check_stages", "fastest"]
+
 
 class Layer(NamedTuple):
     """One entry of a model's flat list: its class name and its number of trainable parameters."""

@@ -1,4 +1,4 @@
-"""What a run will be: preflight has found nothing wrong with it, and trainers, loop and engines go by it. No torch."""
+"""What a run will be: preflight has found nothing wrong with it; trainers, loop and engines go by it. No torch."""
 
 from dataclasses import dataclass
 from typing import Any

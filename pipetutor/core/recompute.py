@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+__all__: list[str] = []
+
 
 @contextmanager
 def _without_effect(module: nn.Module) -> Iterator[None]:

@@ -1,1 +1,6 @@
-"""What a layer costs here in time and memory, and the cut that follows."""
+"""What each layer costs, and cutting a model by it."""
+
+from pipetutor.costs.measuring import measure
+from pipetutor.costs.table import LayerCosts
+
+__all__ = ["LayerCosts", "measure"]

@@ -1,5 +1,5 @@
 """``python -m pipetutor.costs``: what each layer costs here."""
 
-from pipetutor.costs.measure import main
+from pipetutor.costs.measuring import main
 
 main()

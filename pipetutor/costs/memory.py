@@ -20,11 +20,13 @@ from dataclasses import replace
 import numpy as np
 
 from pipetutor.costs.table import LayerCosts
-from pipetutor.options import ENGINES
 from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.simulate import simulate
 from pipetutor.schedule.timeline import CODE
+from pipetutor.system.kinds import check
 from pipetutor.tracing.trace import Trace
+
+__all__ = ["PARTS", "measure", "predict"]
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "peak")
 FP32 = 4
@@ -61,8 +63,7 @@ def predict(
 
     >>> predict(costs, [0, 16, 22], build("gpipe", 2, 8))[0]["activations"]  # doctest: +SKIP
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}: use {' or '.join(ENGINES)}")
+    check("engine", engine, ["deepspeed", "torch"])
     stage_costs = costs.for_bounds(bounds)
     copies = np.array([costs.input_bytes, *stage_costs.message_bytes])
     saved = np.array(stage_costs.activation_bytes) - copies

@@ -26,16 +26,18 @@ from pathlib import Path
 from pipetutor.core import records
 from pipetutor.core.partition import Layer, bounds_for, catalog, fastest
 from pipetutor.core.plan import Plan
-from pipetutor.costs.measure import measure
+from pipetutor.costs.measuring import measure
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.system import disk, machine
 
+__all__ = ["choose", "costs_of", "cut", "stage_seconds", "table"]
+
 STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two moments
 DTYPE = "float32"
 # The modules whose code costs depend on.
-MEASURING = ("costs/table", "costs/measure", "costs/ranks", "core/accumulate", "core/layers", "data/loader")
+MEASURING = ("costs/table", "costs/measuring", "costs/ranks", "core/accumulate", "core/layers", "data/loader")
 # What keeps torch, oneDNN and MKL from instructions that the CPU has.
 INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
 

@@ -28,10 +28,12 @@ from pipetutor.core import records
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.layers import build, join_layers
 from pipetutor.core.partition import catalog
-from pipetutor.costs.measure import MICRO_BATCHES, STEPS
+from pipetutor.costs.measuring import MICRO_BATCHES, STEPS
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.data import fetch, loader
 from pipetutor.processes.forks import forked
+
+__all__: list[str] = []
 
 REPEATS = 3
 SEED = 1138
@@ -231,7 +233,7 @@ def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | 
 
 
 def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: float | None) -> None:
-    """Fork the measuring ranks, and write what they found; run by ``costs.measure`` in a process of its own."""
+    """Fork the measuring ranks, and write what they found; run by ``costs.measuring`` in a process of its own."""
     works = [functools.partial(_rank, rank, ranks, model, micro_batch, dropout, directory) for rank in range(ranks)]
     found = forked(works, directory / "logs" / "costs.log", PATIENCE_SECONDS)
 

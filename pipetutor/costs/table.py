@@ -12,6 +12,8 @@ from pipetutor.schedule.simulate import Costs
 from pipetutor.system import disk
 from pipetutor.system.kinds import check, list_of, whole
 
+__all__ = ["LayerCost", "LayerCosts", "StageCost"]
+
 FILE = "costs.json"
 
 

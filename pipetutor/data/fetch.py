@@ -21,6 +21,8 @@ from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from pipetutor.system import disk
 
+__all__ = ["DATA_DIR", "DATA_DIR_HELP", "SHARED_DIR", "VARIABLE", "DataError", "locked", "prepare"]
+
 SHARED_DIR = "/tmp/cifar10-data"  # the reference example's
 VARIABLE = "PIPETUTOR_DATA_DIR"  # of the environment, that puts another in its place
 OTHER = f"give another data directory (data_dir, --data-dir or {VARIABLE})"

@@ -16,6 +16,20 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from pipetutor.data.fetch import DATA_DIR, FILES, prepare
 from pipetutor.system.uncompiled import torchvision
 
+__all__ = [
+    "EpochSampler",
+    "Labels",
+    "Loader",
+    "Pixels",
+    "Position",
+    "Synthetic",
+    "cifar_testset",
+    "cifar_trainset",
+    "enlarge",
+    "load",
+    "micro_batches",
+]
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 TRANSFORM = torchvision.transforms.Compose(
     [

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["TRAIN", "write"]
+
 FOLDER = "synthetic-batches-py"
 TRAIN, TEST = 2_000, 500
 SEED = 1138

@@ -14,6 +14,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+__all__ = ["Picture", "explore"]
+
 # Okabe and Ito's colours, told apart by colour-blind readers too; a line style goes with each.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")

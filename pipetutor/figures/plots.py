@@ -14,6 +14,8 @@ from pipetutor.core.records import Run
 from pipetutor.costs.table import LayerCosts
 from pipetutor.figures.picture import COLOURS, HATCHES, STYLES, Picture, brief, in_our_style, plain
 
+__all__ = ["certificate", "layer_costs", "layers", "losses", "passes", "sample_images", "stages"]
+
 
 @in_our_style
 def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Figure:

@@ -17,6 +17,8 @@ from pipetutor.schedule.rules import LETTERS
 from pipetutor.schedule.timeline import CATEGORIES, COLUMNS, KINDS, Timeline
 from pipetutor.tracing.trace import Step
 
+__all__ = ["accounting", "activations", "memory", "timelines"]
+
 # What is drawn: its colour, its texture, and how much of a rank's row it fills.
 LOOKS = {
     "forward": ("#9BD3F5", "", 1.0),

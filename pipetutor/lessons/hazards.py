@@ -26,6 +26,8 @@ from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.watch import run_job
 from pipetutor.system import machine
 
+__all__ = ["barrier", "naive", "play", "ragged"]
+
 PATIENCE_SECONDS = 60
 DID = "did: "  # begins a line by which a process tells what it did
 

@@ -15,6 +15,8 @@ from pipetutor.core import records
 from pipetutor.processes import heartbeat
 from pipetutor.processes.heartbeat import Beat
 
+__all__ = ["diagnose"]
+
 SMALLER = "use a smaller micro-batch, more stages, or recompute=True (--recompute)"
 _NO_MEMORY = re.compile(r"MemoryError|out of memory|can(no|')t allocate|unable to allocate|bad_alloc", re.IGNORECASE)
 _NO_SHARED_MEMORY = re.compile(r"shared memory ?\(shm\)|/dev/shm")

@@ -16,6 +16,8 @@ import psutil
 from pipetutor.system.gpus import gpus
 from pipetutor.system.machine import cpu_cores
 
+__all__ = ["cpu_environment", "free_port", "prepare_rank", "rank_environment"]
+
 LOOPBACK = "lo"
 _kept: deque[socket.socket] = deque(maxlen=16)  # ports of the last runs; nobody has more of them at once
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from pipetutor.processes.supervise import end_with
 
+__all__ = ["forked"]
+
 
 def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int) -> None:
     """Run in a forked process: what libraries print goes to a file, an exception to the parent."""

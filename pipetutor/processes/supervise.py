@@ -38,6 +38,8 @@ from pipetutor.core import records
 from pipetutor.processes import heartbeat
 from pipetutor.system import cgroups
 
+__all__ = ["Process", "adopt_orphans", "descendants", "end_when_asked", "end_with", "kill_descendants", "reap"]
+
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died

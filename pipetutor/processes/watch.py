@@ -3,7 +3,6 @@
 ``launch`` watches training this way, ``costs`` measuring and ``certify`` proving. No torch.
 """
 
-import argparse
 import contextlib
 import functools
 import io
@@ -17,13 +16,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NoReturn, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
 from pipetutor.core import records
 from pipetutor.processes.supervise import Process
 from pipetutor.system import machine
+
+__all__ = ["RunFailed", "briefly", "ending_with_a_status", "run_job", "watch"]
 
 SUPERVISOR = "from pipetutor.processes.supervise import main; main()"
 SUPERVISOR_SECONDS = 10
@@ -87,13 +88,7 @@ def watch(
     """
     asked = {"processes": [asdict(process) for process in processes], "deadline": deadline}
     supervisor = subprocess.Popen(
-        [
-            *machine.PYTHON,
-            "-c",
-            "from pipetutor.processes.supervise import main; main()",
-            str(directory),
-            str(os.getpid()),
-        ],
+        [*machine.PYTHON, "-c", SUPERVISOR, str(directory), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -186,17 +181,6 @@ def run_job(
         log = (directory / "logs" / process.log).read_text(errors="replace")
         raise RunFailed(f"{module} ended with status {report['code']}:\n{log[-2000:]}", directory)
     return records.read_lines(rows)
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises ValueError, in one line, where argparse would print its usage and exit; a flag has its whole name."""
-
-    def __init__(self, **about: Any):
-        super().__init__(allow_abbrev=False, **about)
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse a command line."""
-        raise ValueError(f"{' '.join(message.split())} (--help lists every flag)")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,18 @@ stream (``deepspeed_1f1b``) names them too, and a send ends only together with i
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+__all__ = [
+    "FORMULAS",
+    "PARTNERS",
+    "SCHEDULES",
+    "Instruction",
+    "build",
+    "closed_form",
+    "deepspeed_1f1b",
+    "gpipe",
+    "idle_share",
+]
+
 STEP = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
 PARTNERS = {
     "SendActivation": ("RecvActivation", 1),

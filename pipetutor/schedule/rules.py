@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
 
+__all__ = ["LETTERS", "ScheduleError", "check", "picture"]
+
 LETTERS = {
     "ForwardPass": "F",
     "BackwardPass": "B",

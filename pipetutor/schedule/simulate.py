@@ -15,6 +15,8 @@ from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
 from pipetutor.schedule.rules import LETTERS, Form, check
 from pipetutor.schedule.timeline import CODE, KINDS, SPAN, Timeline
 
+__all__ = ["Costs", "simulate"]
+
 NONE = -1
 
 

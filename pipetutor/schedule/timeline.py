@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+__all__ = ["CATEGORIES", "CODE", "COLUMNS", "KINDS", "SPAN", "Timeline", "peak_live"]
+
 # DeepSpeed's instructions, the two halves of a backward pass that zero-bubble schedules tell apart, and the
 # exchange of the loss that ends a step.
 CATEGORIES = {

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+__all__ = ["oom_kills"]
+
 ROOT = Path("/")  # a test puts a machine of its own in its place
 
 

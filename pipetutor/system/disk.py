@@ -4,6 +4,8 @@ import errno
 import os
 from pathlib import Path
 
+__all__ = ["cannot", "full", "sync"]
+
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 

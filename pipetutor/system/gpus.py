@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Gpus", "gpus"]
+
 
 @dataclass(frozen=True)
 class Gpus:

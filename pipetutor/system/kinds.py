@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+__all__ = ["KINDS", "Kind", "check", "check_keys", "closest", "list_of", "named", "shown", "whole"]
+
 LARGEST = 10**15  # numbers are below it: what is made of them stays a number in 32 bits
 # A path or a name with one of these would break a line, a command or a file's name.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

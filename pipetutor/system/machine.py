@@ -16,6 +16,8 @@ import psutil
 from pipetutor.system import cgroups
 from pipetutor.system.gpus import gpus
 
+__all__ = ["PYTHON", "bf16_is_native", "check", "cpu_cores", "cpu_name", "memory", "versions"]
+
 PINNED = ("torch", "torchvision", "deepspeed", "numpy", "jupyterlab", "papermill")
 # How our processes begin. -P: a learner's file random.py, say, in the working directory is none of their modules.
 PYTHON = (sys.executable, "-P")

@@ -1,4 +1,4 @@
-"""The network interfaces of this host, which ranks of other hosts reach it by."""
+"""The network interfaces by which the ranks of this host reach others."""
 
 import os
 import socket

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+__all__: list[str] = []
+
 ROUNDS = 20  # of the exchange that estimates a clock's offset: the quickest one counts
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

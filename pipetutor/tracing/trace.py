@@ -28,6 +28,8 @@ from pipetutor.schedule.orders import PARTNERS, Instruction
 from pipetutor.schedule.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
 from pipetutor.tracing.clock import CudaClock, HostClock, clock_offset
 
+__all__ = ["Recorder", "Step", "Trace", "load", "write_chrome"]
+
 # What "waiting" means in a trace, by whether its engine sends and receives with blocking calls.
 WAITING = {
     True: "until the other end has come to the message; the rest of a Send or Recv is transfer, copies included",

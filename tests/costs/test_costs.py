@@ -15,7 +15,7 @@ from torch import nn
 
 from pipetutor.core import records
 from pipetutor.core.layers import build, join_layers
-from pipetutor.costs.measure import measure
+from pipetutor.costs.measuring import measure
 from pipetutor.costs.ranks import look_at_memory, run_micro_batch, weight_shares, wire
 from pipetutor.costs.table import LayerCost, LayerCosts
 from pipetutor.processes.watch import RunFailed
@@ -196,7 +196,7 @@ def test_bounds_that_do_not_fit_are_refused(bounds, micro_batches, words):
     [
         ({"model": "alexnett"}, "unknown model 'alexnett': try 'alexnet'"),
         ({"micro_batch": 0}, "micro_batch is 0, but must be a whole number of at least 1"),
-        ({"micro_batch": 2001}, "use a micro-batch of at most 2000"),
+        ({"micro_batch": 2001}, "micro_batch is 2001, but must be a whole number of at least 1 and at most 2000"),
         ({"ranks": 0}, "ranks is 0, but must be a whole number of at least 1: 2, say"),
         ({"ranks": True}, "ranks is True"),
         ({"dropout": 1}, "dropout is 1, but must be a number from 0 and below 1"),

@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import train
 
-from pipetutor.costs.measure import measure
+from pipetutor.costs.measuring import measure
 from pipetutor.schedule.orders import build, deepspeed_1f1b
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.timeline import CODE

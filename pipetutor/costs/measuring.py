@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core import records
-from pipetutor.core.config import read_config
 from pipetutor.core.partition import catalog
 from pipetutor.costs.table import FILE, LayerCosts
-from pipetutor.data import fetch
-from pipetutor.preflight import preflight
+from pipetutor.data import fetch, synthetic
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.watch import Parser, briefly, ending_with_a_status, run_job
+from pipetutor.processes.watch import briefly, ending_with_a_status, run_job
 from pipetutor.system import machine
-from pipetutor.system.gpus import Gpus
-from pipetutor.system.kinds import check
+from pipetutor.system.command import call
+from pipetutor.system.kinds import check, whole
+from pipetutor.system.network import check_network
+
+__all__ = ["measure"]
 
 STEPS, MICRO_BATCHES = 4, 4  # that are measured
 COPIES = 5  # of the parameters, at most, in one rank: themselves, gradients (sum and new), Adam's two moments
@@ -49,22 +50,13 @@ def measure(
     >>> costs.for_bounds([0, 16, 22]).forward  # doctest: +SKIP
     [0.057, 0.023]
     """
-    check("micro_batch", micro_batch, "count")
+    check("model", model, sorted(catalog()))
+    check("micro_batch", micro_batch, whole(1, synthetic.TRAIN, 8))
     check("ranks", ranks, "count")
+    check("dropout", dropout, "share?")
     check("data_dir", data_dir, "path")
     check("runs_dir", runs_dir, "path")
-    preflight(  # as one stage: replicas may make more ranks than a pipeline can have stages
-        ranks=1,
-        stages=1,
-        steps=1,
-        model=model,
-        dataset="synthetic",
-        partition="parameters",
-        config=read_config({"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1}),
-        backend="gloo",
-        gpus=Gpus(0),
-        dropout=dropout,
-    )
+    check_network("gloo")
     needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])
     free = machine.memory().free
     if ranks * needed > free:
@@ -87,14 +79,7 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``measure`` from the command line; status 1 if it fails, 2 for bad input."""
-    parser = Parser(prog="pipetutor.costs", description="what does each layer cost here?")
-    parser.add_argument("--model", default="alexnet", help="default %(default)s")
-    parser.add_argument("--micro-batch", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--ranks", type=int, default=2, help="default %(default)s")
-    parser.add_argument("--dropout", type=float, help="for every dropout layer; 0 turns dropout off")
-    parser.add_argument("--data-dir", default=fetch.DATA_DIR, help=fetch.DATA_DIR_HELP)
-    parser.add_argument("--runs-dir", default="runs", help="default %(default)s")
     with ending_with_a_status():
-        costs = measure(**vars(parser.parse_args()))
+        costs = call(measure, "pipetutor.costs")
     print(costs)
     print(f"written to {costs.directory / FILE}")
