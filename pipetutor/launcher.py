@@ -49,7 +49,9 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     ranks = max(options.stages, 1) * options.replicas
     plan = preflight(options, World(ranks, ranks, gpus(ranks)))
     if options.weights is not None:
-        _check_weights(options.model, options.weights)
+        from pipetutor.weights import check_weights  # torch: loaded only by who brings weights
+
+        check_weights(options.model, options.weights)
     fetch.prepare(options.dataset, options.data_dir)
     table = ""
     if options.stages and options.partition == PROFILE:
@@ -59,7 +61,7 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     directory = records.create(Path(options.runs_dir), f"p{options.stages}r{options.replicas}")
     told = replace(options, config=_short(directory / "config.json"), dtype=None, backend=plan.backend)
     again = directory.with_name(f"{directory.name}-again")
-    typed = shlex.join([*_deepspeed(ranks), *replace(told, run_dir=Path(_short(again))).words()])
+    typed = shlex.join([*_deepspeed(ranks), *replace(told, run_dir=_short(again)).words()])
     try:
         (directory / "logs").mkdir()
         records.write_json(directory / "config.json", plan.config)
@@ -69,7 +71,7 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     explained = explain(plan.config, options.stages, options.replicas, options.schedule, options.chunks)
     for line in filter(None, [explained, plan.notice, table, typed]):
         print(line)
-    words = replace(told, run_dir=Path(_short(directory))).words()
+    words = replace(told, run_dir=_short(directory)).words()
     train = [*machine.PYTHON, "-u", "-m", "pipetutor.train", *words]
     port = free_port()
     processes = [
@@ -91,13 +93,6 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
 
 def _brief(step: dict[str, Any]) -> str:
     return f"loss {records.number(step['loss']):.3f}, {step['images_per_second']:.1f} images/s"
-
-
-def _check_weights(model: str, weights: str | Path) -> None:
-    from pipetutor.core.layers import build  # torch: loaded only by who brings weights
-    from pipetutor.weights import load_weights
-
-    load_weights(build(model), weights)
 
 
 def _short(path: Path) -> str:

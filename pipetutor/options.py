@@ -198,7 +198,7 @@ class Options:
         "seconds without a completed step after which the run is ended and explained",
     )
     runs_dir: str | Path = option("runs", "path", "where run directories are made")
-    run_dir: Path | None = option(
+    run_dir: str | Path | None = option(
         None,
         "path?",
         "record the run there: a new directory, or the one that the run goes on from",
@@ -230,6 +230,11 @@ class Options:
         check("stages", given["stages"], "whole")
         return cls(**given, replicas=max(1, ranks // max(1, given["stages"])))
 
+    @property
+    def directory(self) -> Path | None:
+        """Where a rank is to record the run; None where nowhere."""
+        return None if self.run_dir is None else Path(self.run_dir)
+
     def words(self) -> list[str]:
         """Return the words of a command line that says the same: what differs from the defaults there.
 
@@ -243,8 +248,9 @@ class Options:
         return found
 
     def record(self) -> dict[str, Any]:
-        """Return what run.json keeps of them: all but the config, which it has whole."""
-        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "config"}
+        """Return what run.json keeps of them: what ``launch`` takes, but the config, which it has whole."""
+        kept = [one.name for one in dataclasses.fields(self) if one.metadata["launched"] and one.name != "config"]
+        found = {name: getattr(self, name) for name in kept}
         return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
     def common(self) -> dict[str, Any]:
@@ -265,18 +271,9 @@ def _dest(one: Field[Any]) -> str:
     return one.metadata["flags"][-1].lstrip("-").replace("-", "_")
 
 
-def _path(text: str) -> Path:
-    try:
-        check("it", text, "path")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
-
-
 def _reader(hint: Any) -> Any:
-    """Return what makes an option's value of a word: the one that its type has beside None and str."""
-    kinds = set(get_args(hint) or [hint]) - {type(None), str}
-    return _path if Path in kinds else next(iter(kinds & {int, float}), str)
+    """Return what makes an option's value of a word."""
+    return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
 
 def parser(options: type[Options] = Options) -> Parser:

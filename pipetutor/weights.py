@@ -12,12 +12,13 @@ from torch import nn
 
 from pipetutor.core import checkpoint
 from pipetutor.core.checkpoint import CheckpointError
+from pipetutor.core.layers import build
 from pipetutor.processes.watch import ending_with_a_status
 from pipetutor.system import disk
 from pipetutor.system.command import call
 from pipetutor.system.kinds import check
 
-__all__ = ["export", "load_weights"]
+__all__ = ["check_weights", "export", "load_weights"]
 
 NEEDED = "give a file that torch.save(model.state_dict(), file) or pipetutor.weights wrote"
 
@@ -93,6 +94,11 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     if surplus := shapes.keys() - wanted.keys():
         raise CheckpointError(f"weights {file} are not of this {kind}: it has no {min(surplus)}")
     model.load_state_dict(found)
+
+
+def check_weights(model: str, file: str | Path) -> None:
+    """Raise CheckpointError unless a file holds weights for a model of this name."""
+    load_weights(build(model), file)
 
 
 def main() -> None:

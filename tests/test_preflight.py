@@ -25,8 +25,8 @@ from pipetutor.core import config, records
 from pipetutor.core.config import read_config
 from pipetutor.costs import measuring as costs
 from pipetutor.data import fetch
-from pipetutor.launcher import OPTIONS as LAUNCHED
-from pipetutor.preflight import DATASET_SIZES, OPTIONS, preflight
+from pipetutor.options import DATASET_SIZES, Options
+from pipetutor.preflight import World, preflight
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
 from pipetutor.system.kinds import shown
@@ -37,11 +37,7 @@ GOOD = dict(
     ranks=2,
     stages=2,
     steps=1,
-    model="alexnet",
-    dataset="synthetic",
-    partition="parameters",
     config={"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "SGD"}},
-    backend=None,
     gpus=Gpus(0),
 )
 TORCH = {"engine": "torch"}
@@ -52,7 +48,11 @@ def batch(train, micro):
 
 
 def planned(change):
-    return preflight(**(GOOD | change))
+    asked = GOOD | change
+    ranks, devices = asked.pop("ranks"), asked.pop("gpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipetutor.preflight.read_config", lambda config, _: config)  # the whole of it is given
+        return preflight(Options(**asked), World(ranks, ranks, devices))
 
 
 def launched(options):
@@ -537,18 +537,18 @@ def test_launch_starts_a_run_or_says_in_one_line_why_not(nothing_starts, runs, o
 
 
 @SEEN
-@given(st.dictionaries(st.sampled_from(parameters(preflight)), ANYTHING, min_size=1, max_size=2))
+@given(st.dictionaries(st.sampled_from(parameters(Options)), ANYTHING, min_size=1, max_size=2))
 def test_what_preflight_accepts_is_consistent(options):
-    options = {name: value for name, value in options.items() if name not in ("config", "gpus", "local_ranks")}
+    options = {name: value for name, value in options.items() if name != "config"}
     try:
-        plan = preflight(**(GOOD | options))
+        plan = planned(options)
     except ValueError as error:
         assert len(str(error).splitlines()) == 1
         return
     ranks = options.get("ranks", 2)
     assert plan.batch.train == plan.batch.micro * plan.batch.accumulation * plan.batch.replicas
-    assert plan.batch.replicas == (ranks // plan.stages if plan.stages else ranks)
-    assert len(plan.bounds) in (0, plan.stages * plan.chunks + 1)
+    assert plan.batch.replicas == (ranks // plan.options.stages if plan.options.stages else ranks)
+    assert len(plan.bounds) in (0, plan.options.stages * plan.options.chunks + 1)
     json.dumps(plan.record())
 
 
@@ -594,7 +594,7 @@ def test_deepspeed_reads_what_is_accepted_of_a_config(monkeypatch, way, value):
         return
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     try:
-        preflight(**(GOOD | {"config": whole, "gpus": Gpus(2)}))
+        planned({"config": whole, "gpus": Gpus(2)})
     except ValueError as error:
         assert way[0] in str(error) or "batch" in way[0], error
         return
@@ -627,24 +627,19 @@ def test_torch_and_deepspeed_take_what_is_accepted_of_an_optimizer_and_a_schedul
             schedule.step()
 
 
-def test_every_option_of_a_run_has_a_kind():
-    assert {*OPTIONS, "model", "config", "gpus", "local_ranks"} == set(parameters(preflight))
-    assert {*OPTIONS, *LAUNCHED, "model", "config", "dtype"} == {*parameters(launch), "ranks"}
-
-
 def test_a_measured_cut_is_left_open():
     for good in ({}, {"gpus": Gpus(2), "backend": "gloo"}, {"gpus": Gpus(1)}):
-        assert preflight(**(GOOD | {"partition": "profile"} | good)).bounds == []
+        assert planned({"partition": "profile"} | good).bounds == []
 
 
 def test_zero_2_is_fine_without_a_pipeline():
-    preflight(**(GOOD | {"stages": 0, "config": read_config({"zero_optimization": {"stage": 2}})}))
+    planned({"stages": 0, "config": read_config({"zero_optimization": {"stage": 2}})})
 
 
 def test_too_few_gpus_choose_the_cpu_and_say_so():
-    plan = preflight(**(GOOD | {"gpus": Gpus(1)}))
+    plan = planned({"gpus": Gpus(1)})
     assert plan.backend == "gloo" and "1 GPU" in plan.notice and "2 ranks" in plan.notice
-    assert preflight(**(GOOD | {"gpus": Gpus(2)})).backend == "nccl"
+    assert planned({"gpus": Gpus(2)}).backend == "nccl"
 
 
 @pytest.mark.parametrize(

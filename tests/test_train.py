@@ -57,7 +57,7 @@ def note_what_is_read():
     from pipetutor.core import loop
     from pipetutor.data import loader
 
-    whole, full = loader.load, loop._full
+    whole, full = loader.load, loop._Full
 
     def cut(*args):
         found = whole(*args)
@@ -71,7 +71,7 @@ def note_what_is_read():
                 file.write(json.dumps(numbers.tolist()) + "\n")
             yield [images, numbers % 10]
 
-    loader.load, loop._full = cut, noted
+    loader.load, loop._Full = cut, noted
 
 
 def read(directory, rank):

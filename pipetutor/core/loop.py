@@ -119,7 +119,7 @@ class Loop:
             one_step: trains on the micro-batches of a step, and returns their mean loss, that of all replicas.
         """
         options, last = self.options, self.options.steps
-        directory = options.run_dir if dist.get_rank() == 0 else None
+        directory = options.directory if dist.get_rank() == 0 else None
         if directory:  # a run that is resumed into its own directory goes on from here, whatever came after
             records.keep_until(directory, self.step)
             checkpoint.keep_until(directory, self.step)
@@ -166,15 +166,16 @@ class Loop:
             f"step {self.step}: {found['correct']:.0f} of {found['images']:.0f} test images are right "
             f"({found['accuracy']:.1%}), loss {found['loss']:.4f}"
         )
-        if self.options.run_dir and dist.get_rank() == 0:
-            records.append(self.options.run_dir / records.EVALUATIONS, {"step": self.step} | found)
+        directory = self.options.directory
+        if directory and dist.get_rank() == 0:
+            records.append(directory / records.EVALUATIONS, {"step": self.step} | found)
         return self.step
 
     def _save(self) -> None:
         self._enter("saving")
-        options, batch = self.options, self.engine.batch
-        assert options.run_dir
+        options, batch, directory = self.options, self.engine.batch, self.options.directory
+        assert directory
         read = (self.step - self.done) * batch.accumulation
         kept = {"step": self.step, "position": self.start.after(read, self.size, batch.micro, batch.replicas)}
         kept |= self.topology | checkpoint.identity(options, self.plan.config)
-        checkpoint.save(self.engine, options.run_dir, kept)
+        checkpoint.save(self.engine, directory, kept)

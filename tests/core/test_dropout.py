@@ -16,7 +16,6 @@ NET = ["--model", "mobilenet_v3_small", "-s", 2]
 def note_masks_and_weights():
     """Have each rank note a digest of every mask that dropout draws, and of its weights at the end."""
     from pipetutor.core import loop
-    from pipetutor.core.engine import model_state
 
     rank, train_steps = loop.dist.get_rank, loop.Loop.run
 
@@ -33,7 +32,7 @@ def note_masks_and_weights():
 
     def run(self, one_step):
         train_steps(self, one_step)
-        weights = {name: digest(t) for name, t in model_state(self.engine).items() if t.requires_grad}
+        weights = {name: digest(t) for name, t in self.engine.state().items() if t.requires_grad}
         Path(f"weights{rank()}").write_text(json.dumps(weights))
 
     torch.nn.Dropout.forward, loop.Loop.run = drop, run

@@ -11,8 +11,8 @@ from conftest import SMALL_SGD, equal_but_for_rounding, run
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
-from pipetutor.core import engine
 from pipetutor.core.config import read_config
+from pipetutor.core.deepspeed_engines import Pipeline
 from pipetutor.core.layers import build, join_layers
 from pipetutor.core.partition import catalog
 from pipetutor.core.torch_engine import TorchPipeline
@@ -78,7 +78,7 @@ def one_process(name):
 def engine_of(net, bounds, schedule, recompute):
     if schedule:
         return TorchPipeline(net, schedule, bounds, CONFIG, recompute, IMAGE)
-    return engine.pipeline(net, len(bounds) - 1, ",".join(map(str, bounds)), CONFIG, recompute)
+    return Pipeline(net, len(bounds) - 1, ",".join(map(str, bounds)), CONFIG, recompute)
 
 
 def rank(name, bounds, schedule, recompute=False):
@@ -90,7 +90,7 @@ def rank(name, bounds, schedule, recompute=False):
         if instruction.name == "OptimizerStep" and not gradients:
             gradients.append(None if first.grad is None else first.grad.clone())
 
-    engine.observe(pipe, before, lambda: None)
+    pipe.observe(before, lambda: None)
     return [pipe.train_batch(data).item() for _ in range(STEPS)], gradients[0]
 
 
@@ -140,7 +140,7 @@ def test_channels_last_cross_a_cut(schedule, recompute, tmp_path):
 
 def evaluating_rank():
     pipe = engine_of(model(NARROW), CUT, None, False)
-    return pipe.eval_batch(micro_batches(), compute_loss=False, reduce_output=None, num_micro_batches=3)
+    return pipe.logits(micro_batches(), 3)
 
 
 def test_channels_last_cross_a_cut_in_evaluation(tmp_path):

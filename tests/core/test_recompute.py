@@ -1,16 +1,15 @@
 """Recomputing changes nothing but the work: the same weights, running statistics and masks, on both engines."""
 
-import functools
-
 import pytest
 import torch
 from conftest import SMALL_SGD, run
 
-from pipetutor.core import engine
 from pipetutor.core.config import read_config
+from pipetutor.core.deepspeed_engines import Pipeline
 from pipetutor.core.layers import build
 from pipetutor.core.torch_engine import TorchPipeline
-from pipetutor.preflight import preflight
+from pipetutor.options import Options
+from pipetutor.preflight import World, preflight
 from pipetutor.system.gpus import Gpus
 
 STEPS, MICRO_BATCHES, IMAGE, BOUNDS = 2, 2, (3, 64, 64), [0, 6, 19]
@@ -30,16 +29,14 @@ def rank(name, recompute, dropout):
     config = read_config(SMALL_SGD)
     if name == "torch":
         pipe = TorchPipeline(net, "1f1b", BOUNDS, config, recompute, IMAGE)
-        state = pipe.model_state
     else:
-        pipe = engine.pipeline(net, 2, ",".join(map(str, BOUNDS)), config | {"pipeline": PIPELINE}, recompute)
-        assert pipe.config["pipeline"] == PIPELINE
-        state = functools.partial(engine.model_state, pipe)
+        pipe = Pipeline(net, 2, ",".join(map(str, BOUNDS)), config | {"pipeline": PIPELINE}, recompute)
+        assert pipe.deepspeed.config["pipeline"] == PIPELINE
     for module in (net.features[0], net.features[6]):
         module.register_forward_hook(lambda *_: runs.append(1))
     data = micro_batches()
     losses = [pipe.train_batch(data).item() for _ in range(STEPS)]
-    return losses, {key: value.detach() for key, value in state().items()}, len(runs)
+    return losses, {key: value.detach() for key, value in pipe.state().items()}, len(runs)
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "torch"])
@@ -57,7 +54,6 @@ def test_recomputing_changes_no_bit(name, tmp_path):
 
 
 def test_deepspeeds_own_recomputing_is_refused():
-    given = dict(ranks=2, stages=2, steps=1, model="alexnet", dataset="synthetic", partition="0,16,22")
-    config = read_config(SMALL_SGD | {"pipeline": {"activation_checkpoint_interval": 1}})
+    config = SMALL_SGD | {"pipeline": {"activation_checkpoint_interval": 1}}
     with pytest.raises(ValueError, match=r"activation_checkpoint_interval.*recompute=True"):
-        preflight(**given, config=config, backend=None, gpus=Gpus(0))
+        preflight(Options(config=config), World(2, 2, Gpus(0)))

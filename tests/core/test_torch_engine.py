@@ -67,7 +67,7 @@ def plain_loop(lost=0):
 
 
 def own_gradients(engine):
-    return {n: t.grad.clone() for n, t in engine.model_state().items() if t.grad is not None}
+    return {n: t.grad.clone() for n, t in engine.state().items() if t.grad is not None}
 
 
 def torch_rank(schedule, bounds, config):
@@ -81,12 +81,11 @@ def torch_rank(schedule, bounds, config):
     runs.clear()
     assert torch.equal(torch.get_rng_state(), random)
     engine.observe(lambda i: note(engine, seen, gradients, i), lambda: seen.append(None))
-    data = None
-    if engine.is_first_stage() or engine.is_last_stage():
-        data = micro_batches() if engine.is_first_stage() else labels_alone()
+    is_last = (len(bounds) - 2) % torch.distributed.get_world_size() == torch.distributed.get_rank()
+    data = micro_batches() if engine.is_first else labels_alone() if is_last else None
     for _ in range(STEPS):
         losses.append(engine.train_batch(data).item())
-    state = {name: tensor.detach() for name, tensor in engine.model_state().items()}
+    state = {name: tensor.detach() for name, tensor in engine.state().items()}
     return losses, gradients, state, seen, runs
 
 
@@ -97,10 +96,10 @@ def note(engine, seen, gradients, instruction):
 
 
 def deepspeed_rank(bounds, config):
-    from pipetutor.core.engine import pipeline
+    from pipetutor.core.deepspeed_engines import Pipeline
 
-    engine = pipeline(model(), len(bounds) - 1, ",".join(map(str, bounds)), config)
-    data = micro_batches() if engine.is_first_stage() else labels_alone()
+    engine = Pipeline(model(), len(bounds) - 1, ",".join(map(str, bounds)), config)
+    data = micro_batches() if engine.is_first else labels_alone()
     (group,) = engine.optimizer.param_groups
     return [engine.train_batch(data).item() for _ in range(STEPS)], type(engine.optimizer), about(group)
 
@@ -150,8 +149,8 @@ def test_every_schedule_computes_what_one_process_computes(case, expected):
 def test_a_rank_computes_in_the_order_of_its_schedule(case):
     schedule, ranks, chunks, results = case
     for stream, (*_, seen, _) in zip(streams(schedule, ranks, MICRO_BATCHES, chunks), results, strict=True):
-        found = [(i[0], i[3], i[1]) for i in seen if i and i[0] in (*COMPUTE, "OptimizerStep")]
-        assert found == [tuple(i) for i in stream if i.name in (*COMPUTE, "OptimizerStep")] * STEPS
+        found = [i[:3] for i in seen if i and i[0] in (*COMPUTE, "OptimizerStep")]
+        assert found == [i[:3] for i in stream if i.name in (*COMPUTE, "OptimizerStep")] * STEPS
 
 
 def test_each_message_is_waited_for_once_and_nothing_within_another(case):
@@ -168,12 +167,12 @@ def test_each_message_is_waited_for_once_and_nothing_within_another(case):
             "RecvGrad": [(stage, (stage + 1,)) for stage in stages if stage < last],
         }
         for name, places in wanted.items():
-            found = Counter((i[3], i[1], tuple(i[2])) for i in seen if i and i[0] == name)
+            found = Counter(i[1:] for i in seen if i and i[0] == name)
             every = itertools.product(places, range(MICRO_BATCHES))
             assert found == {(s, m, tuple(p % ranks for p in peers)): STEPS for (s, peers), m in every}, (rank, name)
         others = tuple(other for other in range(ranks) if other != rank)
         peers = others if rank == last % ranks else (last % ranks,)
-        assert [tuple(i[2]) for i in seen if i and i[0] == "AggregateLoss"] == [peers] * STEPS
+        assert [i[3] for i in seen if i and i[0] == "AggregateLoss"] == [peers] * STEPS
         assert seen[-2][0] == "AggregateLoss"
 
 

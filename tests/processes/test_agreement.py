@@ -63,22 +63,22 @@ def second_has_no_room_for_data():
 
 
 def second_has_other_weights():
-    from pipetutor import train as module
+    from pipetutor.train import joining, trainers
 
     hosts_of_their_own()
     Path(name := f"weights{os.environ['RANK']}").write_text(name)
     sys.argv += ["--weights", name]
-    module.load_weights = lambda *_: None
+    trainers.load_weights = joining.check_weights = lambda *_: None
 
 
 def second_would_take_gpus():
-    from pipetutor import train as module
     from pipetutor.system.gpus import Gpus
+    from pipetutor.train import joining
 
     hosts_of_their_own()
     sys.argv.remove("--backend")
     sys.argv.remove("gloo")
-    module.gpus = lambda ranks: Gpus(int(os.environ["RANK"]))
+    joining.gpus = lambda ranks: Gpus(int(os.environ["RANK"]))
 
 
 def a_machine_of_its_own():
@@ -197,10 +197,10 @@ def test_on_one_host_the_first_rank_speaks_for_all(runs):
 
 
 def second_is_of_another_run():
-    from pipetutor import train as module
+    from pipetutor.train import job
 
     agreement.PATIENCE_SECONDS = 1.0
-    module.default_pg_timeout = timedelta(seconds=3)
+    job.default_pg_timeout = timedelta(seconds=3)
     if os.environ["RANK"] == "1":
         os.getppid = lambda: 0
 

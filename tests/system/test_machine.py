@@ -13,8 +13,8 @@ import pytest
 from conftest import HANGS, SMALL
 
 from pipetutor import launch
-from pipetutor.core.config import read_config
-from pipetutor.preflight import preflight
+from pipetutor.options import Options
+from pipetutor.preflight import World, preflight
 from pipetutor.processes import environment
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus, gpus
@@ -184,11 +184,10 @@ def test_gpus_that_cannot_be_used_are_explained(driver_is, torch_is, monkeypatch
     with pytest.raises(ValueError) as refusal:
         launch(backend="nccl")
     assert f"2 ranks, and this machine has 0 to use ({why}): leave the backend out" in str(refusal.value)
-    run = dict(ranks=2, stages=2, steps=1, model="alexnet", dataset="synthetic", partition="parameters")
-    plan = preflight(**run, config=read_config(SMALL), backend=None, gpus=gpus(2))
+    plan = preflight(Options(config=SMALL), World(2, 2, gpus(2)))
     assert plan.backend == "gloo" and f"0 GPU(s) to use ({why}) cannot serve 2 ranks" in plan.notice
-    for asked in (dict(backend=None, gpus=Gpus(0)), dict(backend="gloo", gpus=gpus(2))):
-        assert not preflight(**run, config=read_config(SMALL), **asked).notice
+    for backend, devices in ((None, Gpus(0)), ("gloo", gpus(2))):
+        assert not preflight(Options(config=SMALL, backend=backend), World(2, 2, devices)).notice
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def note_the_compiler():
     import os
     from pathlib import Path
 
-    from pipetutor import train as module
+    from pipetutor.train import job as module
 
     end = module.dist.destroy_process_group
 

@@ -1,0 +1,123 @@
+"""The two trainers, data-parallel and pipeline, over the same data, model and loss.
+
+After ``training/pipeline_parallelism/train.py`` of DeepSpeedExamples, whose names, flags and signatures are kept.
+What stands around a step, the same for both, is in ``pipetutor.core.loop``.
+"""
+
+import argparse
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipetutor.core.deepspeed_engines import DataParallel, Pipeline
+from pipetutor.core.engine import Batches
+from pipetutor.core.layers import build
+from pipetutor.core.loop import Loop
+from pipetutor.core.observer import Observer
+from pipetutor.core.plan import Plan
+from pipetutor.options import Options, parser
+from pipetutor.processes.faults import Fault, Injector
+from pipetutor.processes.heartbeat import Heartbeat
+from pipetutor.tracing.trace import Recorder
+from pipetutor.train.joining import make_plan
+from pipetutor.weights import load_weights
+
+__all__ = ["get_args", "train_base", "train_pipe"]
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; the flags and defaults of the reference, and ours on top.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Raises:
+        ValueError: a flag is unknown, or its value has the wrong type.
+    """
+    return deepspeed.add_config_arguments(parser()).parse_args(argv)
+
+
+def _agreed(args: argparse.Namespace) -> Plan:
+    """Return the plan that all ranks have agreed on; a script of one's own that has no ``main`` makes it here."""
+    return getattr(args, "plan", None) or make_plan(args)
+
+
+def _model(options: Options) -> nn.Module:
+    model = build(options.model, dropout=options.dropout)
+    if options.weights:
+        load_weights(model, options.weights)
+    return model
+
+
+def _observers(options: Options) -> list[Observer]:
+    """Return who looks on; made ahead of the model, from whose memory a recorder tells what was there before."""
+    rank, directory = dist.get_rank(), options.directory
+    found: list[Observer] = [Heartbeat(directory, rank)]
+    if options.trace and directory:
+        found.append(Recorder(directory, rank, torch.device(deepspeed.get_accelerator().current_device_name())))
+    if options.fault:
+        found.append(Injector(Fault.parse(options.fault), rank))
+    return found
+
+
+def train_base(args: argparse.Namespace) -> Any:
+    """Train data-parallel: every rank holds the whole model, gradients are averaged over the ranks.
+
+    Args:
+        args: from ``get_args``.
+
+    Returns:
+        The DeepSpeed engine, trained for ``args.steps`` train batches.
+    """
+    plan = _agreed(args)
+    torch.manual_seed(args.seed)
+    observers = _observers(plan.options)
+    base = DataParallel(_model(plan.options), plan.config)
+    engine, criterion = base.deepspeed, nn.CrossEntropyLoss()
+    accumulation = engine.gradient_accumulation_steps()
+
+    def train_batch(micro_batches: Batches) -> torch.Tensor:
+        total = torch.zeros((), device=engine.device)
+        for _ in range(accumulation):
+            images, labels = next(micro_batches)
+            loss = criterion(engine(images.to(engine.device)), labels.to(engine.device))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        dist.all_reduce(total)
+        return total / (accumulation * dist.get_world_size())
+
+    Loop(plan, base, observers).run(train_batch)
+    return engine
+
+
+def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
+    """Train in ``args.pipeline_parallel_size`` stages; the ranks beyond one pipeline are replicas of it.
+
+    Every rank builds the whole model from the same seed and keeps its own stage, so the initial weights
+    do not depend on the number of stages.
+
+    Args:
+        args: from ``get_args``.
+        part: where to cut: a method of DeepSpeed, or bounds such as ``0,16,22``.
+
+    Returns:
+        The DeepSpeed pipeline engine, trained for ``args.steps`` train batches; torch's with ``--engine torch``.
+    """
+    plan = _agreed(args)
+    deepspeed.runtime.utils.set_random_seed(args.seed)
+    observers, options = _observers(plan.options), plan.options
+    model = _model(options)
+    if options.engine == "torch":
+        from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
+
+        bounds = [int(bound) for bound in part.split(",")]
+        engine = TorchPipeline(model, options.schedule, bounds, plan.config, options.recompute)
+        Loop(plan, engine, observers).run(engine.train_batch)
+        return engine
+    pipe = Pipeline(model, options.stages, part, plan.config, options.recompute)
+    Loop(plan, pipe, observers).run(pipe.train_batch)
+    return pipe.deepspeed
