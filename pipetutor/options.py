@@ -82,7 +82,7 @@ class Options:
     )
     model: str = option(
         "alexnet",
-        "text",
+        Kind("the name of a model", KINDS["text"].fits, "'alexnet'"),
         "any torchvision model that is features, avgpool and classifier in a row: AlexNet, VGG, MobileNetV3, "
         "EfficientNet, ConvNeXt; see pipetutor.core.partition.catalog()",
         "--model",

@@ -30,7 +30,8 @@ from pipetutor.preflight import World, preflight
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
 from pipetutor.system.kinds import shown
-from pipetutor.train import get_args, make_plan
+from pipetutor.train import get_args
+from pipetutor.train.joining import make_plan
 from pipetutor.weights import export
 
 GOOD = dict(
@@ -197,8 +198,8 @@ WRONG = [
     (planned, dict(dropout=True), ["dropout is True"]),
     (planned, dict(seed=-1), ["seed is -1"]),
     (planned, dict(seed=None), ["seed is None", "1138, say"]),
-    (planned, dict(model=None), ["model None", "alexnet"]),
-    (planned, dict(model=["alexnet"]), ["model ['alexnet']", "try 'alexnet'"]),
+    (planned, dict(model=None), ["model is None", "'alexnet', say"]),
+    (planned, dict(model=["alexnet"]), ["model is ['alexnet']", "'alexnet', say"]),
     (planned, dict(partition=""), ["partition is ''", "profile"]),
     (planned, dict(partition="0,1\n6,22"), ["partition is '0,1\\n6,22'"]),
     (planned, dict(partition=f"0,{9 * '9876543210'},22"), ["partition '0,98", "parameters, uniform"]),
@@ -260,9 +261,9 @@ WRONG = [
     (typed, "-p two", ["-p", "'two'"]),
     (typed, "--stepz 5", ["--stepz"]),
     (typed, "--step 5", ["unrecognized arguments: --step"]),
-    (typed, "--run-dir ''", ["--run-dir: it is ''", "a path"]),
+    (typed, "--run-dir ''", ["run_dir is ''", "a path"]),
     (typed, "--weights nowhere.pt", ["weights nowhere.pt: No such file"]),
-    (typed, "--weights ''", ["--weights: it is ''", "a path"]),
+    (typed, "--weights ''", ["weights is ''", "a path"]),
     (typed, "'--no\nsuch' 5", ["--no such"]),
     (typed, "--seed -1", ["seed is -1"]),
     (typed, "--dropout much", ["--dropout", "'much'"]),

@@ -93,16 +93,16 @@ def said_which(directory):
 
 
 def say_whether():
-    from pipetutor.core import engine
+    from pipetutor.core import deepspeed_engines
 
-    build = engine._initialize
+    build = deepspeed_engines._DeepSpeed.__init__
 
-    def told(net, *rest):
+    def told(self, net, *rest):
         found = any(isinstance(m, accumulate.Linear) for m in net.modules())
         print("in place:", found, flush=True)
-        return build(net, *rest)
+        build(self, net, *rest)
 
-    engine._initialize = told
+    deepspeed_engines._DeepSpeed.__init__ = told
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_who_needs_each_gradient_gets_it_from_autograd(given, expected, tmp_path
 
 
 def stock_layers():
-    from pipetutor.core import engine
+    from pipetutor.core import deepspeed_engines
 
-    engine.accumulate_in_place = lambda layers: None
+    deepspeed_engines.accumulate_in_place = lambda layers: None
 
 
 def test_the_losses_are_those_of_stock_layers(tmp_path):
