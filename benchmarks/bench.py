@@ -21,7 +21,8 @@ from pipetutor.costs import profile
 from pipetutor.data import fetch
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
-from pipetutor.processes.watch import ending_with_a_status, run_job
+from pipetutor.processes.job import run_job
+from pipetutor.processes.watch import ending_with_a_status
 from pipetutor.system import machine
 from pipetutor.system.command import call
 from pipetutor.system.gpus import gpus

@@ -8,7 +8,8 @@ from pipetutor.core.partition import catalog
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch, synthetic
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.watch import briefly, ending_with_a_status, run_job
+from pipetutor.processes.job import run_job
+from pipetutor.processes.watch import briefly, ending_with_a_status
 from pipetutor.system import machine
 from pipetutor.system.command import call
 from pipetutor.system.kinds import check, whole

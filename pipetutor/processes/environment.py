@@ -61,8 +61,9 @@ def cpu_environment(ranks: int) -> dict[str, str]:
     """Return what the environment of as many ranks on one CPU says of threads, memory, devices and network."""
     env = dict(os.environ) | {"LOCAL_SIZE": str(ranks), "WORLD_SIZE": str(ranks)}
     prepare_rank(env, ["--backend=gloo"])
-    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
-    return {name: env[name] for name in names if name in env} | {"CUDA_VISIBLE_DEVICES": ""}
+    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLOO_SOCKET_IFNAME")
+    found = {name: env[name] for name in names if name in env}
+    return found | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def prepare_rank(env: MutableMapping[str, str], argv: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
 import selectors
 import signal
@@ -24,7 +23,7 @@ from pipetutor.core import records
 from pipetutor.processes.supervise import Process
 from pipetutor.system import machine
 
-__all__ = ["RunFailed", "briefly", "ending_with_a_status", "run_job", "watch"]
+__all__ = ["RunFailed", "briefly", "ending_with_a_status", "watch"]
 
 SUPERVISOR = "from pipetutor.processes.supervise import main; main()"
 SUPERVISOR_SECONDS = 10
@@ -147,40 +146,6 @@ def _ended(status: int | None, said: bytes) -> str:
         return f": it did not end within {SUPERVISOR_SECONDS} s"
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
     return f" ({how}), and its ranks with it {said.decode(errors='replace')[-1000:].strip()}".rstrip()
-
-
-def run_job(
-    module: str,
-    directory: Path,
-    asked: Any,
-    environment: dict[str, str],
-    total: int,
-    unit: str,
-    describe: Callable[[dict[str, Any]], str],
-) -> Iterator[dict[str, Any]]:
-    """Run ``python -m module directory JSON`` under the supervisor, and return the lines of its ``rows.jsonl``.
-
-    Args:
-        module: what to run; it says in ``run.json`` that it has finished.
-        directory: its new run directory.
-        asked: what it is to do, as JSON.
-        environment: what is laid over this process's own.
-        total: rows to expect.
-        unit: what a row stands for.
-        describe: says in a few words what a row holds.
-
-    Raises:
-        RunFailed: it ended with another status than 0; the message has its last lines.
-    """
-    (directory / "logs").mkdir()
-    command = [*machine.PYTHON, "-m", module, str(directory), records.to_json(asked)]
-    process = Process(command, os.environ | environment, "job.log")
-    rows = directory / "rows.jsonl"
-    report = watch([process], directory, math.inf, rows, total, unit, describe)
-    if report["code"] != 0:
-        log = (directory / "logs" / process.log).read_text(errors="replace")
-        raise RunFailed(f"{module} ended with status {report['code']}:\n{log[-2000:]}", directory)
-    return records.read_lines(rows)
 
 
 @contextlib.contextmanager
