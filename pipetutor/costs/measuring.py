@@ -6,7 +6,8 @@ from typing import Any
 from pipetutor.core import records
 from pipetutor.core.partition import catalog
 from pipetutor.costs.table import FILE, LayerCosts
-from pipetutor.data import fetch, synthetic
+from pipetutor.data import fetch
+from pipetutor.options import DATASET_SIZES
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
 from pipetutor.processes.watch import briefly, ending_with_a_status
@@ -52,7 +53,7 @@ def measure(
     [0.057, 0.023]
     """
     check("model", model, sorted(catalog()))
-    check("micro_batch", micro_batch, whole(1, synthetic.TRAIN, 8))
+    check("micro_batch", micro_batch, whole(1, DATASET_SIZES["synthetic"], 8))
     check("ranks", ranks, "count")
     check("dropout", dropout, "share?")
     check("data_dir", data_dir, "path")
