@@ -36,7 +36,14 @@ GROWING_STAGES = (1, 2, 4)  # likewise, with the train batch of the rivals
 WARM_UP = 2  # steps: memory is allocated, shapes are agreed on
 LATER = 2  # steps that are measured in the repetitions after the first, which runs as many as losses are compared
 PATIENCE_SECONDS = 600  # without a step: a slow machine may take as many steps' time as it needs
-DEFAULTS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "LOCAL_RANK")
+DEFAULTS = (
+    "THP_MEM_ALLOC_ENABLE",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "GLIBC_TUNABLES",
+    "LOCAL_RANK",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 
 
 @dataclass(frozen=True)

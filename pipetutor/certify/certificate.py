@@ -19,9 +19,8 @@ from pipetutor.core import records
 from pipetutor.data import fetch
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
-from pipetutor.processes.watch import briefly, ending_with_a_status
+from pipetutor.processes.watch import briefly, command
 from pipetutor.system import machine
-from pipetutor.system.command import call
 from pipetutor.system.kinds import check, list_of, named, whole
 from pipetutor.system.network import check_network
 
@@ -174,8 +173,7 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
-    with ending_with_a_status():
-        certificate = call(certify, "pipetutor.certify")
+    certificate = command(certify, "pipetutor.certify")
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

@@ -10,9 +10,8 @@ from pipetutor.data import fetch
 from pipetutor.options import DATASET_SIZES
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
-from pipetutor.processes.watch import briefly, ending_with_a_status
+from pipetutor.processes.watch import briefly, command
 from pipetutor.system import machine
-from pipetutor.system.command import call
 from pipetutor.system.kinds import check, whole
 from pipetutor.system.network import check_network
 
@@ -81,7 +80,6 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``measure`` from the command line; status 1 if it fails, 2 for bad input."""
-    with ending_with_a_status():
-        costs = call(measure, "pipetutor.costs")
+    costs = command(measure, "pipetutor.costs")
     print(costs)
     print(f"written to {costs.directory / FILE}")

@@ -51,9 +51,12 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         ranks: how many there are, all on this host.
         port: where they meet.
     """
-    # A torchrun above this process has told it of a store of its own.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    env = dict(os.environ) | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+    }
     return env | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 

@@ -12,7 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from pipetutor.core import records
 from pipetutor.processes.supervise import Process
 from pipetutor.system import machine
+from pipetutor.system.command import call
 
-__all__ = ["RunFailed", "briefly", "ending_with_a_status", "watch"]
+__all__ = ["RunFailed", "briefly", "command", "watch"]
 
 SUPERVISOR = "from pipetutor.processes.supervise import main; main()"
 SUPERVISOR_SECONDS = 10
@@ -148,11 +149,13 @@ def _ended(status: int | None, said: bytes) -> str:
     return f" ({how}), and its ranks with it {said.decode(errors='replace')[-1000:].strip()}".rstrip()
 
 
-@contextlib.contextmanager
-def ending_with_a_status() -> Iterator[None]:
-    """End a command with status 2 for bad input and 1 for a failed run, with one line, and 130 when interrupted."""
+def command(function: Callable[..., T], program: str) -> T:
+    """Call a function with what the command line says, and return what it does.
+
+    The program ends with one line, and status 2 for bad input, 1 for a failed run, and 130 when interrupted.
+    """
     try:
-        yield
+        return call(function, program)
     except (ValueError, RunFailed) as error:
         print(f"pipetutor: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
