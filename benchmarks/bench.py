@@ -21,9 +21,9 @@ from pipetutor.costs import profile
 from pipetutor.data import fetch
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
-from pipetutor.processes.watch import ending_with_a_status, run_job
+from pipetutor.processes.job import run_job
+from pipetutor.processes.watch import command
 from pipetutor.system import machine
-from pipetutor.system.command import call
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, list_of, named, whole
 
@@ -286,8 +286,7 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``bench`` from the command line; status 1 if losses differ or a rival fails, 2 for bad input."""
-    with ending_with_a_status():
-        found = call(bench, "benchmarks")
+    found = command(bench, "benchmarks")
     print(found)
     print(f"written to {found.directory / FILE}")
     sys.exit(1 if found.wrong else 0)

@@ -7,11 +7,9 @@ machine down for a minute slows down every rival. Each run has processes of its 
 launcher starts them. No torch is loaded here.
 """
 
-import json
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from pipetutor import launch
 from pipetutor.core import records
 from pipetutor.core.config import read_config
 from pipetutor.processes.environment import free_port, prepare_rank, rank_environment
+from pipetutor.processes.job import do_job
 from pipetutor.system import machine
 from pipetutor.system.gpus import gpus
 
@@ -37,7 +36,14 @@ GROWING_STAGES = (1, 2, 4)  # likewise, with the train batch of the rivals
 WARM_UP = 2  # steps: memory is allocated, shapes are agreed on
 LATER = 2  # steps that are measured in the repetitions after the first, which runs as many as losses are compared
 PATIENCE_SECONDS = 600  # without a step: a slow machine may take as many steps' time as it needs
-DEFAULTS = ("THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES", "LOCAL_RANK")
+DEFAULTS = (
+    "THP_MEM_ALLOC_ENABLE",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "GLIBC_TUNABLES",
+    "LOCAL_RANK",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,4 @@ def contest(
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    for row in contest(place, **json.loads(sys.argv[2])):
-        records.append(place / "rows.jsonl", row)
-    records.update(place, status="finished")
+    do_job(lambda directory, asked: contest(directory, **asked))

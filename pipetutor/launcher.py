@@ -21,6 +21,8 @@ from pipetutor.processes.watch import RunFailed, briefly, watch
 from pipetutor.system import disk, machine
 from pipetutor.system.gpus import gpus
 
+__all__ = ["RunFailed", "launch"]
+
 HOSTS = Path("/job/hostfile")
 
 

@@ -22,6 +22,8 @@ from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system.command import Parser
 from pipetutor.system.kinds import KINDS, Kind, check, closest
 
+__all__ = ["DATASET_SIZES", "DTYPES", "ENGINES", "METHODS", "PROFILE", "Options", "parser", "takes_options"]
+
 DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")
 DTYPES = ("fp32", "bf16")

@@ -23,6 +23,8 @@ from pipetutor.system.gpus import Gpus
 from pipetutor.system.kinds import check
 from pipetutor.system.network import check_network
 
+__all__ = ["World", "preflight"]
+
 SLOW = (
     "this processor has no instructions for numbers of 16 bits, and a step can take two to twenty times as long as "
     "in fp32; dtype='fp32' (--dtype fp32) is the way round"

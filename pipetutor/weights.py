@@ -13,9 +13,8 @@ from torch import nn
 from pipetutor.core import checkpoint
 from pipetutor.core.checkpoint import CheckpointError
 from pipetutor.core.layers import build
-from pipetutor.processes.watch import ending_with_a_status
+from pipetutor.processes.watch import command
 from pipetutor.system import disk
-from pipetutor.system.command import call
 from pipetutor.system.kinds import check
 
 __all__ = ["check_weights", "export", "load_weights"]
@@ -103,8 +102,7 @@ def check_weights(model: str, file: str | Path) -> None:
 
 def main() -> None:
     """Run ``export`` from the command line; status 2 for bad input."""
-    with ending_with_a_status():
-        written = call(export, "pipetutor.weights")
+    written = command(export, "pipetutor.weights")
     print(f"wrote {written}")
 
 

@@ -18,24 +18,21 @@ from typing import Any
 from pipetutor.core import records
 from pipetutor.data import fetch
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.watch import briefly, ending_with_a_status, run_job
+from pipetutor.processes.job import run_job
+from pipetutor.processes.watch import briefly, command
 from pipetutor.system import machine
-from pipetutor.system.command import call
 from pipetutor.system.kinds import check, list_of, named, whole
 from pipetutor.system.network import check_network
 
-__all__ = ["Certificate", "certify"]
+__all__ = ["CONTROLS", "Certificate", "certify"]
 
 MODELS = ("alexnet", "vgg")
-CONTROLS = ("summed", "scaled", "weights")
-GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
-# One thread, so that both sides add up in the same order and forks are safe; huge pages, as ranks have them.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "THP_MEM_ALLOC_ENABLE": "1",
+CONTROLS = {
+    "summed": "gradients are summed over micro-batches, not averaged",
+    "scaled": "the gradients of stage 0 are divided by M once more",
+    "weights": "the last stage begins with other weights",
 }
+GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,8 @@ def certify(
     chosen += [wrong | {"control": control} for control in CONTROLS]
     fetch.prepare("synthetic", data_dir)
     directory = records.create(Path(runs_dir), "certificate")
-    env = cpu_environment(1) | ENVIRONMENT | {fetch.VARIABLE: str(data_dir)}
+    # One thread, so that both sides add up in the same order and forks are safe.
+    env = cpu_environment(1) | {"OMP_NUM_THREADS": "1", fetch.VARIABLE: str(data_dir)}
     rows = run_job("pipetutor.certify.proof", directory, chosen, env, len(chosen), "rows", _brief)
     certificate = Certificate([_read(row) for row in rows], skipped, directory)
     content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
@@ -175,8 +173,7 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
-    with ending_with_a_status():
-        certificate = call(certify, "pipetutor.certify")
+    certificate = command(certify, "pipetutor.certify")
     print(certificate)
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

@@ -9,9 +9,7 @@ Run by ``pipetutor.certify.certificate`` in a process of its own, which forks th
 """
 
 import functools
-import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipetutor.core import records
+from pipetutor.certify.certificate import CONTROLS
 from pipetutor.core.layers import build, catalog_entry, join_layers
 from pipetutor.core.partition import bounds_for
 from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
-from pipetutor.processes.forks import forked
+from pipetutor.processes.forks import forked, meet
+from pipetutor.processes.job import do_job
 from pipetutor.schedule.orders import Instruction
 from pipetutor.system.uncompiled import torchvision
 
@@ -35,11 +34,6 @@ __all__ = ["CONTROLS", "TOLERANCE", "Case", "compare", "reference"]
 MICRO_BATCH, STEPS, LEARNING_RATE, SEED = 2, 3, 0.05, 1138
 TOLERANCE = 1e-5  # of a tensor's largest entry: some eighty roundings of fp32
 MARGIN = 1000  # a control must be wrong by so many tolerances: what passes is a thousandth of what is found out
-CONTROLS = {
-    "summed": "gradients are summed over micro-batches, not averaged",
-    "scaled": "the gradients of stage 0 are divided by M once more",
-    "weights": "the last stage begins with other weights",
-}
 
 
 @dataclass(frozen=True)
@@ -160,14 +154,11 @@ def _or_infinite(difference: float) -> float:
 def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     """Train one rank of the pipeline, and compare what it holds with the reference."""
     import deepspeed
-    import torch.distributed as dist
 
     from pipetutor.core.deepspeed_engines import Pipeline
 
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.stages * case.replicas)}
-    meeting = dist.FileStore(str(store), case.stages * case.replicas)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=case.stages * case.replicas)
+    meet(rank, case.stages * case.replicas, store)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     expected = torch.load(scratch, mmap=True, weights_only=True)
     stage = rank // case.replicas
@@ -285,6 +276,4 @@ def prove(cases: list[Case], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    for row in prove([Case(**case) for case in json.loads(sys.argv[2])], directory):
-        records.append(directory / "rows.jsonl", row)
+    do_job(lambda directory, cases: prove([Case(**case) for case in cases], directory))

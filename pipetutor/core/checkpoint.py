@@ -26,6 +26,17 @@ from pipetutor.core.records import write_json
 from pipetutor.options import Options
 from pipetutor.system import disk
 
+__all__ = [
+    "MANIFEST",
+    "CheckpointError",
+    "check_fits",
+    "find",
+    "identity",
+    "load_tensors",
+    "stored_tensors",
+    "verify",
+]
+
 if TYPE_CHECKING:
     from pipetutor.core.engine import Engine
 

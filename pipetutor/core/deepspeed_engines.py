@@ -22,6 +22,8 @@ from pipetutor.core.layers import join_layers, layer_names
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import PARTNERS, Instruction
 
+__all__ = ["DataParallel", "Pipeline", "PipelineModule"]
+
 
 class PipelineModule(deepspeed.pipe.PipelineModule):
     """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22``, and lets other stages' layers go.

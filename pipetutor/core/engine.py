@@ -13,6 +13,8 @@ import torch.distributed as dist
 from pipetutor.core.batch import Batch
 from pipetutor.schedule.orders import Instruction
 
+__all__ = ["Batches", "Engine", "say"]
+
 Batches = Iterator[list[torch.Tensor]]
 Before = Callable[[Instruction], None]
 After = Callable[[], None]

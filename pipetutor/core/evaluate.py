@@ -17,6 +17,8 @@ from pipetutor.core.engine import Before, Engine, others
 from pipetutor.data import loader
 from pipetutor.schedule.orders import Instruction
 
+__all__ = ["share"]
+
 
 def share(size: int, micro_batch: int, replicas: int, replica: int) -> torch.Tensor:
     """Return the images that one replica evaluates.

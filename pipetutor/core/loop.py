@@ -19,6 +19,8 @@ from pipetutor.core.plan import Plan
 from pipetutor.data import loader
 from pipetutor.schedule.orders import Instruction
 
+__all__ = ["Loop"]
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from pipetutor.schedule.orders import Instruction
 
+__all__ = ["Observer"]
+
 
 class Observer:
     """Told of everything that a rank's loop does; each method does nothing until it is written anew.

@@ -6,6 +6,8 @@ from typing import Any
 from pipetutor.core.batch import Batch
 from pipetutor.options import Options
 
+__all__ = ["Plan"]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -30,6 +30,27 @@ from typing import Any
 
 from pipetutor.system import disk
 
+__all__ = [
+    "STEPS",
+    "Run",
+    "StepWriter",
+    "append",
+    "close",
+    "create",
+    "forget",
+    "held",
+    "log_path",
+    "lost_in",
+    "number",
+    "read",
+    "read_failures",
+    "read_lines",
+    "to_json",
+    "update",
+    "write_failure",
+    "write_json",
+]
+
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 
 

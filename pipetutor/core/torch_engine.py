@@ -30,6 +30,8 @@ from pipetutor.core.layers import join_layers, layer_names
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import Instruction, build
 
+__all__ = ["TorchPipeline", "build_optimizer"]
+
 COMPUTE = {
     "ForwardPass": runtime.FORWARD,
     "BackwardPass": runtime.FULL_BACKWARD,

@@ -6,11 +6,12 @@ from typing import Any
 from pipetutor.core import records
 from pipetutor.core.partition import catalog
 from pipetutor.costs.table import FILE, LayerCosts
-from pipetutor.data import fetch, synthetic
+from pipetutor.data import fetch
+from pipetutor.options import DATASET_SIZES
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.watch import briefly, ending_with_a_status, run_job
+from pipetutor.processes.job import run_job
+from pipetutor.processes.watch import briefly, command
 from pipetutor.system import machine
-from pipetutor.system.command import call
 from pipetutor.system.kinds import check, whole
 from pipetutor.system.network import check_network
 
@@ -51,7 +52,7 @@ def measure(
     [0.057, 0.023]
     """
     check("model", model, sorted(catalog()))
-    check("micro_batch", micro_batch, whole(1, synthetic.TRAIN, 8))
+    check("micro_batch", micro_batch, whole(1, DATASET_SIZES["synthetic"], 8))
     check("ranks", ranks, "count")
     check("dropout", dropout, "share?")
     check("data_dir", data_dir, "path")
@@ -79,7 +80,6 @@ def _brief(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run ``measure`` from the command line; status 1 if it fails, 2 for bad input."""
-    with ending_with_a_status():
-        costs = call(measure, "pipetutor.costs")
+    costs = command(measure, "pipetutor.costs")
     print(costs)
     print(f"written to {costs.directory / FILE}")

@@ -20,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipetutor.costs.table import LayerCosts
+from pipetutor.options import ENGINES
 from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.simulate import simulate
 from pipetutor.schedule.timeline import CODE
@@ -63,7 +64,7 @@ def predict(
 
     >>> predict(costs, [0, 16, 22], build("gpipe", 2, 8))[0]["activations"]  # doctest: +SKIP
     """
-    check("engine", engine, ["deepspeed", "torch"])
+    check("engine", engine, ENGINES)
     stage_costs = costs.for_bounds(bounds)
     copies = np.array([costs.input_bytes, *stage_costs.message_bytes])
     saved = np.array(stage_costs.activation_bytes) - copies

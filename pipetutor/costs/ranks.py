@@ -9,9 +9,7 @@ another: they compete for memory as its ranks will, which are never all at the s
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,8 @@ from pipetutor.core.partition import catalog
 from pipetutor.costs.measuring import MICRO_BATCHES, STEPS
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.data import fetch, loader
-from pipetutor.processes.forks import forked
+from pipetutor.processes.forks import forked, meet
+from pipetutor.processes.job import ROWS, do_job
 
 __all__: list[str] = []
 
@@ -181,8 +180,7 @@ def wire(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
 
 def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | None, directory: Path) -> Samples:
     """Measure in one process, while the others do the same."""
-    meeting = dist.FileStore(str(directory / "store"), ranks)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    meet(rank, ranks, directory / "store")
     torch.manual_seed(SEED)
     layers, loss = join_layers(build(model, dropout=dropout)), nn.CrossEntropyLoss()
     accumulate_in_place(layers)
@@ -220,7 +218,7 @@ def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | 
                 samples["later" if number else "first"].append(backward)
                 samples["copy"].append(copy / images.nbytes)
                 if rank == 0:
-                    records.append(directory / "rows.jsonl", {"seconds": seconds})
+                    records.append(directory / ROWS, {"seconds": seconds})
         begin = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
@@ -264,8 +262,7 @@ def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: flo
     content = dataclasses.asdict(costs)
     del content["directory"]
     records.write_json(directory / FILE, content)
-    records.update(directory, status="finished")
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    do_job(lambda directory, asked: work(directory, **asked))

@@ -21,7 +21,7 @@ from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from pipetutor.system import disk
 
-__all__ = ["DATA_DIR", "DATA_DIR_HELP", "SHARED_DIR", "VARIABLE", "DataError", "locked", "prepare"]
+__all__ = ["DATA_DIR", "SHARED_DIR", "VARIABLE", "DataError", "locked", "prepare"]
 
 SHARED_DIR = "/tmp/cifar10-data"  # the reference example's
 VARIABLE = "PIPETUTOR_DATA_DIR"  # of the environment, that puts another in its place
@@ -92,7 +92,6 @@ def own_dir(shared: str = SHARED_DIR) -> str:
 
 
 DATA_DIR = os.environ.get(VARIABLE) or own_dir()
-DATA_DIR_HELP = f"where the data is or will be (default {DATA_DIR})"
 
 
 def _verify(path: Path, md5: str) -> None:

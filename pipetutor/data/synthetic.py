@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 __all__ = ["TRAIN", "write"]
 
-FOLDER = "synthetic-batches-py"
 TRAIN, TEST = 2_000, 500
 SEED = 1138
 FINE = 4  # each pixel is the mean of FINE x FINE points, which smooths the edges

@@ -74,6 +74,16 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     return figure
 
 
+def _along_layers(axes: Axes, kinds: Sequence[str], top: float, unit: str) -> None:
+    """Name the layers below bars that reach ``top`` at most."""
+    names = [f"{kind} {index:2d}" for index, kind in enumerate(kinds)]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(0, top)
+    axes.set_ylabel(unit)
+    plain(axes)
+
+
 @in_our_style
 def stages(run: Run) -> Figure:
     """Draw the flat list of layers, with its parameters, and which stage held which.
@@ -103,13 +113,7 @@ def stages(run: Run) -> Figure:
         axes.text((low + high - 1) / 2, top, text, ha="center", va="top", color=colour, fontsize=size)
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
-    axes.set_xticks(range(len(parameters)))
-    labels = [f"{kind} {index:2d}" for index, kind in enumerate(run.layers)]
-    axes.set_xticklabels(labels, rotation=90, fontsize=8)
-    axes.set_xlim(-0.5, len(parameters) - 0.5)
-    axes.set_ylim(0, top * 1.05)
-    axes.set_ylabel("million parameters")
-    plain(axes)
+    _along_layers(axes, run.layers, 1.05 * top, "million parameters")
     largest = max(range(len(parameters)), key=parameters.__getitem__)
     figure.description = (
         f"Parameters: {'; '.join(words)}. Layer {largest} alone has {parameters[largest]:.1f} million."
@@ -142,14 +146,8 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
         axes.text((low + high - 1) / 2, top, f"stage {stage}\n{total:.0f} ms", ha="center", va="top")
         if stage:
             axes.axvline(low - 0.5, color="black", linewidth=1.5, linestyle="--")
-    axes.set_xticks(range(count))
-    labels = [f"{layer.kind} {index:2d}" for index, layer in enumerate(costs.layers)]
-    axes.set_xticklabels(labels, rotation=90, fontsize=8)
-    axes.set_xlim(-0.5, count - 0.5)
-    axes.set_ylim(0, top * 1.05)
-    axes.set_ylabel("milliseconds a micro-batch")
+    _along_layers(axes, [layer.kind for layer in costs.layers], 1.05 * top, "milliseconds a micro-batch")
     axes.legend(frameon=False, fontsize=9, loc="center left")
-    plain(axes)
     figure.description = f"Time of each layer for one micro-batch: {'; '.join(words)}."
     return figure
 
@@ -280,57 +278,3 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     words += [f"smallest in {len(wrong)} that are wrong on purpose: {min(wrong):.1e}"] if wrong else []
     figure.description = f"{'; '.join(words)}; above {tolerance:.0e} a pipeline fails."
     return figure
-
-
-@in_our_style
-def bench(summary: Sequence[Mapping[str, Any]], growth: Mapping[int, Mapping[str, float]] | None = None) -> Figure:
-    """Draw how fast each rival of a bench is: a bar up to the median, a line from the slowest run to the fastest.
-
-    The limit is a dashed line through all of them.
-
-    Args:
-        summary: of a ``benchmarks.bench.Bench``.
-        growth: of the same; drawn beside, where it was measured.
-    """
-    rivals = [row for row in summary if row["rival"] != "limit" and not row["rival"].startswith("load")]
-    bound = next((row["median"] for row in summary if row["rival"] == "limit"), None)
-    figure = Picture(figsize=(9.5, 1.1 + 0.4 * len(rivals)), layout="constrained")
-    axes, *beside = figure.subplots(1, 2 if growth else 1, squeeze=False, width_ratios=[3, 2] if growth else None)[0]
-    for place, row in enumerate(rivals):
-        ours = row["rival"] == "pipeline"
-        axes.barh(place, row["median"], 0.6, color=COLOURS[1 if ours else 0], hatch=HATCHES[ours], edgecolor="white")
-        axes.hlines(place, row["minimum"], row["maximum"], color="black", linewidth=2)
-        over = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the limit's line
-        axes.text(1.01 * row["maximum"], place, f"{row['median']:.1f}", va="center", fontsize=9, bbox=over)
-    if bound is not None:
-        axes.axvline(bound, color="black", linestyle="--", linewidth=1)
-        axes.text(bound, -0.6, f"limit {bound:.1f}", ha="center", va="bottom", fontsize=9)
-    axes.set_yticks(range(len(rivals)), [row["title"] for row in rivals], fontsize=9)
-    axes.set_ylim(len(rivals) - 0.5, -0.6)
-    axes.set_xlim(0, 1.12 * max([bound or 0, *(row["maximum"] for row in rivals)]))
-    axes.set_xlabel("images a second")
-    plain(axes)
-    if growth:
-        _growth(beside[0], growth)
-    words = [f"{row['title']} {row['median']:.1f}" for row in rivals] + ([f"limit {bound:.1f}"] if bound else [])
-    figure.description = f"Images a second, in the median: {', '.join(words)}."
-    if growth:
-        ends = [f"{growth[count]['median']:.1f} with M = {count}" for count in (min(growth), max(growth))]
-        figure.description += f" Beside it, ours over the number of micro-batches: from {' to '.join(ends)}."
-    return figure
-
-
-def _growth(axes: Axes, growth: Mapping[int, Mapping[str, float]]) -> None:
-    middles = [row["median"] for row in growth.values()]
-    ends = [[abs(row["median"] - row[end]) for row in growth.values()] for end in ("minimum", "maximum")]
-    axes.errorbar(list(growth), middles, ends, color=COLOURS[1], marker="o", label="ours")
-    if all("limit" in row for row in growth.values()):
-        limits = [row["limit"] for row in growth.values()]
-        axes.plot(list(growth), limits, "--", color="black", linewidth=1, label="limit")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(growth), [str(count) for count in growth])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("micro-batches M")
-    axes.legend(frameon=False, fontsize=9)
-    plain(axes)

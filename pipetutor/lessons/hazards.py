@@ -7,8 +7,6 @@
 Each works in processes of its own, with data of its own, and leaves neither behind.
 """
 
-import json
-import os
 import pickle
 import subprocess
 import sys
@@ -23,7 +21,8 @@ from unittest import mock
 from pipetutor.core import records
 from pipetutor.data import synthetic
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.watch import run_job
+from pipetutor.processes.forks import forked, meet
+from pipetutor.processes.job import do_job, run_job
 from pipetutor.system import machine
 
 __all__ = ["barrier", "naive", "play", "ragged"]
@@ -142,19 +141,12 @@ def _run(what: str, ranks: int, runs_dir: Path) -> list[Any]:
     return [row["found"] for row in rows]
 
 
-def _join(rank: int, ranks: int, store: Path) -> None:
-    import torch.distributed as dist
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks)
-
-
 def _barrier_rank(rank: int, ranks: int, directory: Path, place: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from pipetutor.data import loader
 
-    _join(rank, ranks, directory / "store")
+    meet(rank, ranks, directory / "store")
     waited, wait = [], dist.barrier
 
     def timed() -> None:
@@ -176,7 +168,7 @@ def _ragged_rank(rank: int, ranks: int, directory: Path) -> str:
     from deepspeed.utils import RepeatingLoader
 
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    _join(rank, ranks, directory / "store")
+    meet(rank, ranks, directory / "store")
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     torch.manual_seed(0)
     layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 10)]
@@ -194,27 +186,23 @@ def _ragged_rank(rank: int, ranks: int, directory: Path) -> str:
     return "no error"
 
 
-def main() -> None:
-    """Be one of the processes that the functions above start."""
-    if sys.argv[1] == "naive":
-        return _take_turns(Path(sys.argv[2]))
-    from pipetutor.processes.forks import forked
-
-    place, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
-    what, ranks = asked["what"], asked["ranks"]
+def _accident(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    ranks, log = asked["ranks"], directory / "logs" / f"{asked['what']}.log"
     with tempfile.TemporaryDirectory() as cold:
-        if what == "barrier":
+        if asked["what"] == "barrier":
             import pipetutor.data.loader  # noqa: F401 (once, for all forks)
 
-            works: list[Any] = [partial(_barrier_rank, rank, ranks, place, cold) for rank in range(ranks)]
+            works: list[Any] = [partial(_barrier_rank, rank, ranks, directory, cold) for rank in range(ranks)]
         else:
             import deepspeed  # noqa: F401
 
-            works = [partial(_ragged_rank, rank, ranks, place) for rank in range(ranks)]
-        for found in forked(works, place / "logs" / f"{what}.log", PATIENCE_SECONDS):
-            records.append(place / "rows.jsonl", {"found": found})
-    records.update(place, status="finished")
+            works = [partial(_ragged_rank, rank, ranks, directory) for rank in range(ranks)]
+        for found in forked(works, log, PATIENCE_SECONDS):
+            yield {"found": found}
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # one of the processes that the functions above start
+    if sys.argv[1] == "naive":
+        _take_turns(Path(sys.argv[2]))
+    else:
+        do_job(_accident)

@@ -26,6 +26,8 @@ from pipetutor.core.batch import Batch
 from pipetutor.core.plan import Plan
 from pipetutor.options import Options
 
+__all__ = ["Refused", "agree"]
+
 PATIENCE_SECONDS = 60.0  # for the other ranks to come once one has refused: they may still be loading torch
 TAKEN = b"+"  # what the first rank says at once to a rank of its job, and nothing else at its port does
 QUIET_SECONDS = 15.0  # of waiting for other hosts, before a rank says so

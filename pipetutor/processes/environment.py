@@ -51,9 +51,12 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         ranks: how many there are, all on this host.
         port: where they meet.
     """
-    # A torchrun above this process has told it of a store of its own.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    env = dict(os.environ) | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+    }
     return env | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
@@ -61,8 +64,9 @@ def cpu_environment(ranks: int) -> dict[str, str]:
     """Return what the environment of as many ranks on one CPU says of threads, memory, devices and network."""
     env = dict(os.environ) | {"LOCAL_SIZE": str(ranks), "WORLD_SIZE": str(ranks)}
     prepare_rank(env, ["--backend=gloo"])
-    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
-    return {name: env[name] for name in names if name in env} | {"CUDA_VISIBLE_DEVICES": ""}
+    names = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "GLOO_SOCKET_IFNAME")
+    found = {name: env[name] for name in names if name in env}
+    return found | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def prepare_rank(env: MutableMapping[str, str], argv: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from pipetutor.core.observer import Observer
 from pipetutor.schedule.orders import Instruction
 
+__all__ = ["EXAMPLE", "KINDS", "Fault", "Injector"]
+
 KINDS = {
     "stall": "the rank stops moving",
     "die": "the rank is killed with SIGKILL, as the system does when memory runs out",

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipetutor.processes.supervise import end_with
 
-__all__ = ["forked"]
+__all__ = ["forked", "meet"]
 
 
 def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int) -> None:
@@ -79,3 +79,17 @@ def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) 
             child.join()
         for pipe in pipes:
             pipe.close()
+
+
+def meet(rank: int, ranks: int, store: Path) -> None:
+    """Join the other forks in a process group on the CPU.
+
+    Args:
+        rank: this one.
+        ranks: how many there are.
+        store: a file that is not there yet, by which they find each other.
+    """
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks)

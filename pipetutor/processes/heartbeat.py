@@ -23,6 +23,8 @@ from pathlib import Path
 from pipetutor.core.observer import Observer
 from pipetutor.schedule.orders import Instruction
 
+__all__ = ["Beat", "Heartbeat", "culprits", "read"]
+
 STACK_SIGNAL = signal.SIGUSR1
 COLLECTIVES = ("ReduceGrads", "AggregateLoss", "Barrier")
 _LOOKS = 3  # at a heartbeat that is being written

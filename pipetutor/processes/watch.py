@@ -7,13 +7,12 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
 import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
@@ -23,8 +22,9 @@ from tqdm import tqdm
 from pipetutor.core import records
 from pipetutor.processes.supervise import Process
 from pipetutor.system import machine
+from pipetutor.system.command import call
 
-__all__ = ["RunFailed", "briefly", "ending_with_a_status", "run_job", "watch"]
+__all__ = ["RunFailed", "briefly", "command", "watch"]
 
 SUPERVISOR = "from pipetutor.processes.supervise import main; main()"
 SUPERVISOR_SECONDS = 10
@@ -149,45 +149,13 @@ def _ended(status: int | None, said: bytes) -> str:
     return f" ({how}), and its ranks with it {said.decode(errors='replace')[-1000:].strip()}".rstrip()
 
 
-def run_job(
-    module: str,
-    directory: Path,
-    asked: Any,
-    environment: dict[str, str],
-    total: int,
-    unit: str,
-    describe: Callable[[dict[str, Any]], str],
-) -> Iterator[dict[str, Any]]:
-    """Run ``python -m module directory JSON`` under the supervisor, and return the lines of its ``rows.jsonl``.
+def command(function: Callable[..., T], program: str) -> T:
+    """Call a function with what the command line says, and return what it does.
 
-    Args:
-        module: what to run; it says in ``run.json`` that it has finished.
-        directory: its new run directory.
-        asked: what it is to do, as JSON.
-        environment: what is laid over this process's own.
-        total: rows to expect.
-        unit: what a row stands for.
-        describe: says in a few words what a row holds.
-
-    Raises:
-        RunFailed: it ended with another status than 0; the message has its last lines.
+    The program ends with one line, and status 2 for bad input, 1 for a failed run, and 130 when interrupted.
     """
-    (directory / "logs").mkdir()
-    command = [*machine.PYTHON, "-m", module, str(directory), records.to_json(asked)]
-    process = Process(command, os.environ | environment, "job.log")
-    rows = directory / "rows.jsonl"
-    report = watch([process], directory, math.inf, rows, total, unit, describe)
-    if report["code"] != 0:
-        log = (directory / "logs" / process.log).read_text(errors="replace")
-        raise RunFailed(f"{module} ended with status {report['code']}:\n{log[-2000:]}", directory)
-    return records.read_lines(rows)
-
-
-@contextlib.contextmanager
-def ending_with_a_status() -> Iterator[None]:
-    """End a command with status 2 for bad input and 1 for a failed run, with one line, and 130 when interrupted."""
     try:
-        yield
+        return call(function, program)
     except (ValueError, RunFailed) as error:
         print(f"pipetutor: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

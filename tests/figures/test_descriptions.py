@@ -29,7 +29,7 @@ RUN = Run(
     train_batch=8,
     micro_batch=2,
     micro_batches=4,
-    parts=[0, 19, 22],
+    bounds=[0, 19, 22],
     layers=[layer.kind for layer in catalog()["alexnet"]],
     status="finished",
     details={"model": "alexnet"},
@@ -38,14 +38,6 @@ LAYERS = tuple(LayerCost("Linear", 0.001 * n, 0.001 * n, 0, 0, 10, 10, (), False
 COSTS = LayerCosts("alexnet", 8, 2, 1, LAYERS, 0, 0, 0, 0, 0, 1, 0, Path("here"))
 GPIPE, PLAIN = (simulate(build(name, 2, 4), Costs.equal(2)) for name in ("gpipe", "1f1b"))
 GPIPE.spans["memory"] = GPIPE.spans["memory"] * 1e6 + 5e6
-RIVALS = [
-    {"rival": name, "title": title, "median": median, "minimum": median - 1, "maximum": median + 1}
-    for name, title, median in (
-        ("reference", "reference", 30.0),
-        ("pipeline", "ours", 44.0),
-        ("limit", "limit", 52.7),
-    )
-]
 CERTIFIED = [
     {
         "model": "vgg",
@@ -73,10 +65,6 @@ FIGURES = {
     ),
     plots.layers: ((COSTS, 2), ["Layers 0 to 1 of 3 have 67% of the weights", "67% of the time"]),
     plots.certificate: ((CERTIFIED, 1e-5), ["in 2 pipelines: 2.0e-07", "in 1 that are wrong on purpose: 3.0e+00"]),
-    plots.bench: (
-        (RIVALS, {1: RIVALS[0], 16: RIVALS[1]}),
-        ["reference 30.0, ours 44.0, limit 52.7", "30.0 with M = 1"],
-    ),
     plots_timeline.timelines: (({"1F1B": PLAIN}, "units"), ["1F1B: 15 units, of which a rank waits 20%"]),
     plots_timeline.accounting: (({"1F1B": PLAIN},), ["1F1B, rank 0: 12000 ms of compute"]),
     plots_timeline.memory: (({"GPipe": Step(1, GPIPE, [5_000_000] * 2, [0, 0])},), ["GPipe, rank 1: 4 MB"]),

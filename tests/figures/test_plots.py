@@ -27,7 +27,7 @@ def run():
         train_batch=8,
         micro_batch=2,
         micro_batches=4,
-        parts=[0, 19, 22],
+        bounds=[0, 19, 22],
         layers=[layer.kind for layer in catalog()["alexnet"]],
         status="finished",
         details={"model": "alexnet"},
@@ -51,7 +51,7 @@ def test_stages(run):
 
 def test_stages_of_which_a_rank_holds_several(run):
     """All of them, in their ranks' colours, and none is written over the highest bar."""
-    figure = plots.stages(replace(run, parts=[0, 8, 16, 19, 22]))
+    figure = plots.stages(replace(run, bounds=[0, 8, 16, 19, 22]))
     axes = figure.axes[0]
     words = [text.get_text().splitlines() for text in axes.texts]
     assert words == [
