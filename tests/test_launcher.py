@@ -249,6 +249,7 @@ def test_runs_that_cannot_be_written_are_a_clear_error(runs, monkeypatch, place)
 def deepspeed(*arguments, cwd, ranks=None, timeout=HANGS):
     command = [str(Path(sys.executable).with_name("deepspeed"))]
     command += ["--num_gpus", str(ranks)] if ranks else []
+    command += ["--master_port", str(free_port())]  # its own is for one run at a time
     return subprocess.run(
         [*command, "--module", "pipetutor.train", *arguments],
         cwd=cwd,
