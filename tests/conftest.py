@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -95,6 +96,13 @@ def wait_until(condition, seconds=HANGS):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
+    """Run this code at the start of every process that has a RANK."""
+    indented = textwrap.indent(textwrap.dedent(code), "    ")
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+
+
 class RankFailed(AssertionError):
     """A forked rank ended with a status other than 0; the message is what it printed."""
 
@@ -109,6 +117,9 @@ def _rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["pipetutor.train", *arguments]
+    import tiny
+
+    tiny.enter()
     if patch:
         patch()
     from pipetutor import train

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train, wait_until
+from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, in_ranks, processes_of, train, wait_until
 
 from pipetutor import Run, RunFailed, launch
 from pipetutor.certify.certificate import certify
@@ -125,13 +125,6 @@ def test_two_launches_at_once_with_port_29500_taken(runs):
         both = [script(runs, "launch(stages=1, steps=1, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)") for _ in range(2)]
         assert [process.wait(HANGS) for process in both] == [0, 0]
     assert len(list(runs.iterdir())) == 2
-
-
-def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
-    """Run this code at the start of every process that has a RANK."""
-    indented = textwrap.indent(textwrap.dedent(code), "    ")
-    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
 
 
 @pytest.fixture

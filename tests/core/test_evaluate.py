@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SMALL, train
-from tiny import tiny
+from tiny import Tiny
 
 from pipetutor import weights
 from pipetutor.core.evaluate import share
@@ -44,7 +44,7 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
     first = ["-s", "6", "--dropout", "0", "--save-every", "6", "--eval-every", "3", "--model", "tiny"]
     trained = train(runs / "a", *first, **common)
     weights.export(trained.directory, runs / "weights.pt")
-    model = tiny().eval()
+    model = Tiny().eval()
     weights.load_weights(model, runs / "weights.pt")
     testset = loader.load("synthetic", False, -1, DATA_DIR)
     with torch.no_grad():

@@ -26,7 +26,7 @@ def test_every_method():
     assert bounds_for(alexnet, 2, "0,16,22") == [0, 16, 22]
     assert bounds_for(alexnet, 2, "type:conv|linear") == bounds_for(alexnet, 2, "type:CONV|LINEAR")
     assert bounds_for(alexnet, 1, "parameters") == [0, 22]
-    with pytest.raises(ValueError, match=r"'profile' needs measured costs: pipetutor\.profile\.choose"):
+    with pytest.raises(ValueError, match=r"'profile' needs measured costs: pipetutor\.costs\.profile\.choose"):
         bounds_for(alexnet, 2, "profile")
 
 
