@@ -1,9 +1,11 @@
 """Shared by the tests: small runs, and proof that they leave no process behind."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -40,11 +42,25 @@ for _name, _value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "THP_MEM_
     os.environ.setdefault(_name, _value)
 os.environ["JUPYTER_PATH"] = str(Path(__file__).parents[1] / "tools" / "jupyter")  # whose kernel is this Python
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pipetutor.train", "pipetutor.certify.proof"])
+_FORKS.set_forkserver_preload(["pipetutor.train", "pipetutor.core.torch_engine", "pipetutor.certify.proof", "tiny"])
 
 
-def pytest_configure():
-    forkserver.ensure_running()  # before the first test, so that it stands in no test's directory
+def pytest_configure(config):
+    if hasattr(config, "workerinput") or not config.option.numprocesses:  # here tests run, and not in workers alone
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where tiny is
+            forkserver.ensure_running()  # before the first test, so that it stands in no test's directory
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Run a test that is marked ``alone`` while no other worker runs one: a door, and a room behind it."""
+    place = item.config.cache.mkdir("alone")
+    with open(place / "door", "w") as door, open(place / "room", "w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)  # kept until the room is free: nobody enters before one who waits
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 def processes_of(directory: Path) -> list[psutil.Process]:
@@ -80,6 +96,13 @@ def wait_until(condition, seconds=HANGS):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
+    """Run this code at the start of every process that has a RANK."""
+    indented = textwrap.indent(textwrap.dedent(code), "    ")
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+
+
 class RankFailed(AssertionError):
     """A forked rank ended with a status other than 0; the message is what it printed."""
 
@@ -94,6 +117,9 @@ def _rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["pipetutor.train", *arguments]
+    import tiny
+
+    tiny.enter()
     if patch:
         patch()
     from pipetutor import train

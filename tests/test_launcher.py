@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, processes_of, train, wait_until
+from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, in_ranks, processes_of, train, wait_until
 
 from pipetutor import Run, RunFailed, launch
 from pipetutor.certify.certificate import certify
@@ -50,7 +50,7 @@ def ranks_of(runs: Path) -> dict[int, psutil.Process]:
 
 
 HEARTBEATS = ["heartbeat_rank0.json", "heartbeat_rank1.json"]
-LONG = "launch(stages=2, steps=10_000, config=SMALL, runs_dir=RUNS)"
+LONG = "launch(stages=2, steps=10_000, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)"
 
 
 def test_a_run_is_recorded_and_can_be_read_again(runs):
@@ -122,16 +122,36 @@ def test_two_launches_at_once_with_port_29500_taken(runs):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", 29500))
         taken.listen()
-        both = [script(runs, "launch(stages=1, steps=1, config=SMALL, runs_dir=RUNS)") for _ in range(2)]
+        both = [script(runs, "launch(stages=1, steps=1, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)") for _ in range(2)]
         assert [process.wait(HANGS) for process in both] == [0, 0]
     assert len(list(runs.iterdir())) == 2
 
 
-def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
-    """Run this code at the start of every process that has a RANK."""
-    indented = textwrap.indent(textwrap.dedent(code), "    ")
-    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+@pytest.fixture
+def stand_ins(runs, monkeypatch):
+    """Ranks that say what ranks say, for ever, and load no torch: who starts, watches and ends them cannot tell."""
+    in_ranks(
+        runs.parent,
+        monkeypatch,
+        """
+        import itertools, sys, time
+        from pathlib import Path
+        from pipetutor.core import records
+        from pipetutor.processes.heartbeat import Heartbeat
+        sys.argv = sys.orig_argv  # as Python sets it behind this
+        directory, rank = Path(sys.argv[sys.argv.index("--run-dir") + 1]), int(os.environ["RANK"])
+        heart = Heartbeat(directory, rank)
+        if rank == 0:
+            records.update(directory, status="running")
+            steps = records.StepWriter(directory, 4)
+        for step in itertools.count(1):
+            heart.enter("training", step)
+            heart.before("ForwardPass", 0)
+            time.sleep(0.1)
+            if rank == 0:
+                steps.write(step, 2.3, 0.1)
+        """,
+    )
 
 
 def test_without_a_compiler_it_still_trains(runs, monkeypatch):
@@ -140,7 +160,7 @@ def test_without_a_compiler_it_still_trains(runs, monkeypatch):
     monkeypatch.setenv("PATH", str(empty))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(empty))
     assert shutil.which("g++") is None
-    run = launch(stages=2, steps=1, config=SMALL, runs_dir=runs)
+    run = launch(stages=2, steps=1, model="mobilenet_v3_small", config=SMALL, runs_dir=runs)
     assert len(run.losses) == 1 and not list(empty.iterdir())
 
 
@@ -169,7 +189,7 @@ def test_a_rank_that_raises_is_named(runs, monkeypatch):
     assert json.loads(next(runs.glob("*/run.json")).read_text())["status"] == "failed"
 
 
-def test_a_rank_that_is_killed_is_named_and_the_others_end(runs):
+def test_a_rank_that_is_killed_is_named_and_the_others_end(runs, stand_ins):
     kernel = script(runs, LONG)
     wait_until(a_step_is_done(runs))
     ranks_of(runs)[1].kill()
@@ -179,7 +199,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(runs):
 
 
 @pytest.mark.parametrize("end", ["interrupt", "kill"])
-def test_nothing_outlives_the_kernel(runs, end):
+def test_nothing_outlives_the_kernel(runs, stand_ins, end):
     kernel = script(runs, LONG)
     wait_until(a_step_is_done(runs))
     assert len(ranks_of(runs)) == 2
@@ -209,7 +229,7 @@ def test_children_that_ignore_signals_and_leave_the_session_are_ended_too(runs, 
     wait_until(lambda: not processes_of(runs.parent))
 
 
-def test_papermill_stopped_leaves_nothing(runs, tmp_path):
+def test_papermill_stopped_leaves_nothing(runs, stand_ins, tmp_path):
     import nbformat
 
     cell = f"from pipetutor import launch\nlaunch(steps=10_000, config={SMALL!r}, runs_dir={str(runs)!r})"
@@ -249,6 +269,7 @@ def test_runs_that_cannot_be_written_are_a_clear_error(runs, monkeypatch, place)
 def deepspeed(*arguments, cwd, ranks=None, timeout=HANGS):
     command = [str(Path(sys.executable).with_name("deepspeed"))]
     command += ["--num_gpus", str(ranks)] if ranks else []
+    command += ["--master_port", str(free_port())]  # its own is for one run at a time
     return subprocess.run(
         [*command, "--module", "pipetutor.train", *arguments],
         cwd=cwd,
@@ -268,7 +289,7 @@ def hear_of_children():
 
 
 def test_only_a_signal_that_asks_a_rank_to_end_ends_it(runs):
-    run = train(runs, "-s", 2, "--model", "mobilenet_v3_small", patch=hear_of_children)
+    run = train(runs, "-s", 2, "--model", "tiny", patch=hear_of_children)
     assert run.status == "finished" and len(run.losses) == 2
 
 
@@ -307,13 +328,13 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_2(runs):
 def test_a_run_directory_that_cannot_be_written_is_a_clear_error(runs):
     (runs.parent / "file").write_text("in the way")
     with pytest.raises(RankFailed) as caught:
-        train(runs.parent, "--run-dir", "file/here")
+        train(runs.parent, "--model", "tiny", "--run-dir", "file/here")
     said = [line for line in str(caught.value).splitlines() if line.startswith("pipetutor:")]
     assert said == ["pipetutor: cannot write --run-dir file/here: Not a directory; give another directory"]
 
 
 def test_a_run_directory_that_holds_another_run_is_refused_and_left_as_it_is(runs):
-    quick = ["-s", 1, "--model", "mobilenet_v3_small"]
+    quick = ["-s", 1, "--model", "tiny"]
     run = train(runs / "a", *quick, stages=2)
     assert run.details["done"] == 1, "the last step that it completed"
     before = {path.name: path.read_bytes() for path in run.directory.glob("*.json*")}
@@ -328,11 +349,11 @@ def test_a_run_directory_that_holds_another_run_is_refused_and_left_as_it_is(run
     with pytest.raises(RankFailed, match=r"step-000001\): give another --run-dir, or go on with it: --resume"):
         train(runs / "b", *quick, "--save-every", 1)
     with pytest.raises(RankFailed, match=r"holds a run already \(status finished, 1 step\): give another"):
-        train(runs / "a", "-s", 2, "--model", "mobilenet_v3_small", "--resume", runs / "b")
+        train(runs / "a", "-s", 2, "--model", "tiny", "--resume", runs / "b")
 
 
 def test_a_run_directory_whose_run_came_to_nothing_can_be_given_again(runs):
-    quick = ["-s", 1, "--model", "mobilenet_v3_small"]
+    quick = ["-s", 1, "--model", "tiny"]
     with pytest.raises(RankFailed, match="ragged micro-batch"):
         train(runs, *quick, "--fault", "ragged:rank=0,step=1")
     assert records.read(runs)["status"] == "failed" and (runs / "failure_rank0.json").exists()

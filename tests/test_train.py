@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import FAST_SGD, SMALL_SGD, TWICE_AS_FAST, RankFailed, equal_but_for_rounding, train
 
-QUIET = ["-s", 3, "--dropout", 0]
+QUIET = ["-s", 3, "--dropout", 0, "--model", "tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_any_number_of_stages_computes_the_same_to_the_last_bit(stages, runs, on
     """Dropout off, fp32, SGD, one thread a rank."""
     run = train(runs, *QUIET, stages=stages, config=FAST_SGD)
     assert run.losses == one_stage.losses and len(run.losses) == 3
-    assert (len(run.bounds), run.bounds[-1], len(run.layers)) == (stages + 1, 22, 22)
+    assert (len(run.bounds), run.bounds[-1], len(run.layers)) == (stages + 1, 14, 14)
 
 
 def test_a_pipeline_computes_what_the_baseline_computes(base, one_stage):
@@ -42,8 +42,8 @@ def test_a_pipeline_computes_what_the_baseline_computes(base, one_stage):
 def test_replicas_read_the_images_of_one_process(base, runs):
     """But for rounding: replicas add gradients up in another order."""
     right, summed = base
-    run = train(runs, *QUIET, "--partition", "0,16,22", stages=2, replicas=2, config=FAST_SGD)
-    assert (run.micro_batches, run.bounds) == (1, [0, 16, 22])
+    run = train(runs, *QUIET, "--partition", "0,9,14", stages=2, replicas=2, config=FAST_SGD)
+    assert (run.micro_batches, run.bounds) == (1, [0, 9, 14])
     equal_but_for_rounding(run.losses, right.losses, summed.losses)
 
 
@@ -81,7 +81,7 @@ def read(directory, rank):
 def test_two_passes_over_images_that_nothing_divides(runs):
     """3 stages, 4 steps of 4 micro-batches: two passes and more, each in an order of its own, as the baseline's."""
     config = SMALL_SGD | {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "wall_clock_breakdown": True}
-    arguments = ["-s", 4, "--model", "mobilenet_v3_small", "--dropout", 0]
+    arguments = ["-s", 4, "--model", "tiny", "--dropout", 0]
     common = dict(config=config, patch=note_what_is_read)
     pipe = train(runs / "pipe", *arguments, stages=3, **common)
     base = train(runs / "base", *arguments, stages=0, **common)
@@ -96,8 +96,8 @@ def test_two_passes_over_images_that_nothing_divides(runs):
 
 
 def test_a_run_says_how_it_came_about(runs):
-    run = train(runs, "-s", 1, "--model", "mobilenet_v3_small")
-    assert len(run.losses) == 1 and "--model mobilenet_v3_small" in run.command
+    run = train(runs, "-s", 1, "--model", "tiny")
+    assert len(run.losses) == 1 and "--model tiny" in run.command
     said = (runs / "rank0.txt").read_text()
     assert "train batch 4 = micro-batch 2 x 2 micro-batches x 1 replica" in said
     assert "P = 1, M = 2: stages of equal work idle (P-1)/(M+P-1) = 0/2 = 0.0 % of each step" in said
@@ -121,7 +121,7 @@ def test_bad_input_ends_the_job_with_status_2_and_one_line(runs, arguments, word
 
 def test_a_slow_rank_takes_longer(runs):
     fault = ["--fault", "slow:rank=0,step=2,seconds=0.5"]
-    run = train(runs, "-s", 2, "--model", "mobilenet_v3_small", *fault)
+    run = train(runs, "-s", 2, "--model", "tiny", *fault)
     assert run.seconds[1] > 2, "two micro-batches, forward and backward, half a second each"
 
 
@@ -129,7 +129,7 @@ def test_a_slow_rank_takes_longer(runs):
 def test_bf16_trains_in_every_topology(runs, stages, replicas):
     """The losses are those of fp32 within torch's bound for bf16; batch normalisation is among the layers."""
     common = dict(stages=stages, replicas=replicas, config=SMALL_SGD)
-    arguments = ["-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0]
+    arguments = ["-s", 2, "--model", "tiny_norm", "--dropout", 0]
     exact = train(runs / "fp32", *arguments, **common)
     coarse = train(runs / "bf16", *arguments, "--dtype", "bf16", **common)
     assert coarse.losses == pytest.approx(exact.losses, rel=1.6e-2) and coarse.losses != exact.losses
@@ -137,7 +137,7 @@ def test_bf16_trains_in_every_topology(runs, stages, replicas):
 
 
 def test_images_one_by_one_train_the_same(runs):
-    same = ["-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0]
+    same = ["-s", 2, "--model", "tiny", "--dropout", 0]
     batched, pil = (
         train(runs / how, *same, "--transforms", how, stages=2, config=SMALL_SGD) for how in ("batched", "pil")
     )

@@ -8,6 +8,8 @@ from torch import nn
 from pipetutor.core import accumulate
 from pipetutor.core.accumulate import accumulate_in_place
 
+TINY = ["--model", "tiny", "--dropout", 0]
+
 
 def twins(*shape):
     torch.manual_seed(1)
@@ -79,7 +81,7 @@ def test_under_autocast_gradients_are_those_of_autograd():
 
 def test_two_stages_train_under_autocast(tmp_path):
     """As stock layers do, to the last bit; the first loss is that of fp32 within torch's bound for bf16."""
-    arguments, common = ["-s", 2, "--model", "mobilenet_v3_small", "--dropout", 0], {"stages": 2}
+    arguments, common = [*TINY, "-s", 2], {"stages": 2}
     config = SMALL_SGD | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     ours = train(tmp_path / "ours", *arguments, **common, config=config)
     stock = train(tmp_path / "stock", *arguments, **common, config=config, patch=stock_layers)
@@ -112,7 +114,7 @@ def say_whether():
 def test_who_needs_each_gradient_gets_it_from_autograd(given, expected, tmp_path):
     """ZeRO and bf16 take each gradient into a buffer of their own; stage 0 has no linear layer here."""
     config = SMALL | {"optimizer": {"type": "Adam", "params": {"lr": 1e-4}}} | given
-    train(tmp_path, "-s", 1, "--partition", "0,13,22", "--dropout", 0, stages=2, config=config, patch=say_whether)
+    train(tmp_path, *TINY, "-s", 1, "--partition", "0,7,14", stages=2, config=config, patch=say_whether)
     assert said_which(tmp_path) == expected
 
 
@@ -124,7 +126,7 @@ def stock_layers():
 
 def test_the_losses_are_those_of_stock_layers(tmp_path):
     """But for the rounding of a product that is added at once; the mistake beside it is a gradient twice as large."""
-    arguments, batch = ["-s", 3, "--dropout", 0], {"train_batch_size": 8}
+    arguments, batch = [*TINY, "-s", 3], {"train_batch_size": 8}
     ours = train(tmp_path / "ours", *arguments, stages=2, config=FAST_SGD | batch)
     stock = train(tmp_path / "stock", *arguments, stages=2, config=FAST_SGD | batch, patch=stock_layers)
     twice = train(tmp_path / "twice", *arguments, stages=2, config=TWICE_AS_FAST | batch)

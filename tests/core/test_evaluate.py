@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import SMALL, train
+from tiny import Tiny
 
 from pipetutor import weights
 from pipetutor.core.evaluate import share
-from pipetutor.core.layers import build
 from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
 
@@ -41,10 +41,10 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
     """Nothing divides 37 images: not micro-batches of 4, not 2 replicas."""
     config = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}
     common = dict(config=config, patch=few_test_images)
-    first = ["-s", "6", "--dropout", "0", "--save-every", "6", "--eval-every", "3"]
+    first = ["-s", "6", "--dropout", "0", "--save-every", "6", "--eval-every", "3", "--model", "tiny"]
     trained = train(runs / "a", *first, **common)
     weights.export(trained.directory, runs / "weights.pt")
-    model = build("alexnet").eval()
+    model = Tiny().eval()
     weights.load_weights(model, runs / "weights.pt")
     testset = loader.load("synthetic", False, -1, DATA_DIR)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert 0 < correct < SIZE
     assert [e["step"] for e in trained.evaluations] == [3, 6]
-    resumed = ["-s", "6", "--resume", runs / "a", "--eval-every", "100"]
+    resumed = ["-s", "6", "--model", "tiny", "--resume", runs / "a", "--eval-every", "100"]
     for stages, replicas in ((0, 1), (0, 2), (1, 1), (2, 1), (4, 1), (2, 2)):
         run = train(runs / f"p{stages}r{replicas}", *resumed, stages=stages, replicas=replicas, **common)
         (found,) = run.evaluations
@@ -69,12 +69,12 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
 
 def test_evaluation_does_not_disturb_training(runs):
     """Dropout is on: evaluating must neither draw its random numbers nor leave the model in another mode."""
-    plain = train(runs / "plain", "-s", 3, stages=2, config=SMALL, patch=few_test_images)
-    watched = train(runs / "watched", "-s", 3, "--eval-every", 1, stages=2, config=SMALL, patch=few_test_images)
+    plain = train(runs / "plain", "-s", 3, "--model", "tiny", stages=2, config=SMALL, patch=few_test_images)
+    watched = train(runs / "watched", "-s", 3, "--model", "tiny", "--eval-every", 1, stages=2, config=SMALL, patch=few_test_images)
     assert watched.losses == plain.losses and len(watched.evaluations) == 3
 
 
 def test_a_run_without_evaluation_has_no_accuracy(runs):
-    run = train(runs, "-s", 1, "--model", "mobilenet_v3_small")
+    run = train(runs, "-s", 1, "--model", "tiny")
     with pytest.raises(ValueError, match="eval_every=N"):
         _ = run.accuracy

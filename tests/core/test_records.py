@@ -99,7 +99,7 @@ def test_costs_of_one_rank_which_sends_nothing_can_be_read_again(tmp_path):
 
 def test_nothing_else_writes_json():
     """Each ``json.dumps`` of the project refuses what is no JSON; ``records.to_json`` makes it null."""
-    for path in [*(ROOT / "pipetutor").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+    for path in [*(ROOT / "pipetutor").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
                 strictly = any(

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HANGS, SMALL_SGD, train
+from conftest import HANGS, SMALL, in_ranks
+
+from pipetutor import launch
 
 
 def code(text: str) -> str:
@@ -14,36 +16,26 @@ def code(text: str) -> str:
     return done.stdout
 
 
-def note_the_compiler():
-    """In each rank, a file for each part of the compiler that is loaded when it ends its last step."""
-    import os
-    from pathlib import Path
-
-    from pipetutor.train import job as module
-
-    end = module.dist.destroy_process_group
-
-    def noted():
-        loaded = {"sympy", "torch._inductor"} & sys.modules.keys()
-        Path(f"loaded_by_rank{os.environ['RANK']}").write_text(" ".join(sorted(loaded)))
-        end()
-
-    module.dist.destroy_process_group = noted
-
-
 @pytest.mark.parametrize("stages, replicas, optimizer", [(2, 1, "AdamW"), (0, 2, "SGD")])
-def test_a_rank_trains_without_the_compiler(runs, stages, replicas, optimizer):
-    config = SMALL_SGD | {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}}
-    run = train(
-        runs,
-        *("-s", 2, "--model", "mobilenet_v3_small", "--eval-every", 2),
-        stages=stages,
-        replicas=replicas,
-        config=config,
-        patch=note_the_compiler,
+def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas, optimizer):
+    """Each says at its end which parts of the compiler it has loaded."""
+    in_ranks(
+        runs.parent,
+        monkeypatch,
+        """
+        import atexit, sys
+        from pathlib import Path
+        def note():
+            loaded = {"sympy", "torch._inductor"} & sys.modules.keys()
+            Path(f"loaded_by_rank{os.environ['RANK']}").write_text(" ".join(sorted(loaded)))
+        atexit.register(note)
+        """,
     )
+    config = SMALL | {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}}
+    common = dict(model="mobilenet_v3_small", eval_every=2, config=config, runs_dir=runs)
+    run = launch(stages, replicas, steps=2, **common)
     assert len(run.losses) == 2
-    assert [(runs / f"loaded_by_rank{rank}").read_text() for rank in (0, 1)] == ["", ""]
+    assert [(runs.parent / f"loaded_by_rank{rank}").read_text() for rank in (0, 1)] == ["", ""]
 
 
 def test_the_compiler_comes_when_it_is_wanted():

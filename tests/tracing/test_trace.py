@@ -12,7 +12,7 @@ from pipetutor.schedule.orders import deepspeed_1f1b
 from pipetutor.schedule.timeline import CODE, KINDS, SPAN, Timeline
 from pipetutor.tracing import trace
 
-MODEL = ["--model", "mobilenet_v3_small", "--partition", "0,5,19", "--dropout", 0]
+MODEL = ["--model", "tiny", "--partition", "0,3,14", "--dropout", 0]
 
 
 def instructions(timeline: Timeline, rank: int) -> list[tuple[str, int | None]]:
@@ -105,7 +105,7 @@ def test_the_account_is_the_step_that_the_run_timed(runs):
 
 
 def test_a_data_parallel_step_is_traced_too(runs):
-    run = train(runs, "-s", 2, "--trace", "--model", "mobilenet_v3_small", stages=0, replicas=1)
+    run = train(runs, "-s", 2, "--trace", "--model", "tiny", stages=0, replicas=1)
     names = Counter(name for name, _ in instructions(trace.load(run).typical.timeline, 0))
     assert names == {"LoadMicroBatch": 2, "ForwardPass": 2, "BackwardPass": 2, "OptimizerStep": 1}
 
@@ -173,7 +173,7 @@ def one_micro_batch(by_phase):
 def test_arrows_of_messages_in_the_background(runs):
     """torch's engine: a message leaves when it is computed, and arrives later, whenever its Send is waited for."""
     flags = ["-s", 2, "--trace", "--engine", "torch", "--schedule", "interleaved_1f1b", "--chunks", 2]
-    run = train(runs, *flags, "--model", "mobilenet_v3_small", "--dropout", 0, stages=2)
+    run = train(runs, *flags, "--model", "tiny", "--dropout", 0, stages=2)
     events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
     leaves, arrives = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
     assert leaves.keys() == arrives.keys() and len(leaves) == 2 * 2 * 3 * 2, "steps, ways, boundaries, micro-batches"
@@ -208,7 +208,7 @@ def test_waiting_by_hand(blocking):
 
 
 def test_no_trace(runs):
-    run = train(runs, "-s", 1, "--model", "mobilenet_v3_small")
+    run = train(runs, "-s", 1, "--model", "tiny")
     with pytest.raises(ValueError, match="holds no traced step: launch the run with trace=True"):
         trace.load(run)
 
