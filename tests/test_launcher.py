@@ -122,7 +122,8 @@ def test_two_launches_at_once_with_port_29500_taken(runs):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", 29500))
         taken.listen()
-        both = [script(runs, "launch(stages=1, steps=1, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)") for _ in range(2)]
+        call = "launch(stages=1, steps=1, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)"
+        both = [script(runs, call) for _ in range(2)]
         assert [process.wait(HANGS) for process in both] == [0, 0]
     assert len(list(runs.iterdir())) == 2
 

@@ -212,7 +212,8 @@ def test_a_notebook_that_is_silent_for_too_long_is_ended_with_all_that_it_starte
     write(tmp_path / "n", "02_changes", CHANGES)
     names = ["00_silent", "01_prints", "02_changes"]
     with ThreadPoolExecutor() as pool:
-        at_once = [pool.submit(run, tmp_path / "n", "--patience", 8, "--output", tmp_path / name, name) for name in names]
+        common = (run, tmp_path / "n", "--patience", 8, "--output")
+        at_once = [pool.submit(*common, tmp_path / name, name) for name in names]
     told = {name: words for said in at_once for name, words in verdicts(said.result()).items()}
     assert told == dict(zip(names, ("cell c2: nothing happened for 8 s", "ok", "ok"), strict=True))
     assert not processes_of(tmp_path)

@@ -70,7 +70,8 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
 def test_evaluation_does_not_disturb_training(runs):
     """Dropout is on: evaluating must neither draw its random numbers nor leave the model in another mode."""
     plain = train(runs / "plain", "-s", 3, "--model", "tiny", stages=2, config=SMALL, patch=few_test_images)
-    watched = train(runs / "watched", "-s", 3, "--model", "tiny", "--eval-every", 1, stages=2, config=SMALL, patch=few_test_images)
+    often = ["-s", 3, "--model", "tiny", "--eval-every", 1]
+    watched = train(runs / "watched", *often, stages=2, config=SMALL, patch=few_test_images)
     assert watched.losses == plain.losses and len(watched.evaluations) == 3
 
 
