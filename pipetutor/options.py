@@ -17,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from pipetutor.data.fetch import DATA_DIR
+from pipetutor.data.fetch import DATA_DIR, SHARED_DIR
 from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system.command import Parser
 from pipetutor.system.kinds import KINDS, Kind, check, closest
@@ -340,18 +340,14 @@ def takes_options(function: Callable[[Options], T]) -> Callable[..., T]:
 
 
 def table(options: type[Options] = Options) -> str:
-    """Return the flags as a markdown table."""
-    rows = ["| flag | `launch` | default | what it is for |", "|---|---|---|---|"]
+    """Return the options as a markdown table."""
+    rows = ["| `launch` | flag | default | what it is for |", "|---|---|---|---|"]
     for one in dataclasses.fields(options):
         about = one.metadata
-        flags = ", ".join(f"`{flag}`" for flag in about["flags"])
         name = f"`{one.name}`" if about["launched"] else ""
-        rows.append(f"| {flags} | {name} | {_shown(one)} | {about['purpose']} |")
+        flags = ", ".join(f"`{flag}`" for flag in about["flags"])
+        default = SHARED_DIR if one.default == DATA_DIR else one.default  # whoever writes the table
+        shown = f"`{default}`" if about["launched"] and default not in (None, False) else ""
+        typed = f"; flag: `{about['typed']}`" if about["typed"] != one.default else ""
+        rows.append(f"| {name} | {flags} | {shown}{typed} | {about['purpose']} |")
     return "\n".join(rows)
-
-
-def _shown(one: Field[Any]) -> str:
-    about = one.metadata
-    if one.default is None or one.name == "local_rank":
-        return ""
-    return f"`{one.default}`" + (f" (flag: `{about['typed']}`)" if about["typed"] != one.default else "")

@@ -1,7 +1,7 @@
 """What the notebooks say about themselves: the lessons of the course, their parameters and their exercises.
 
 The notebooks are the only place where this is written down. The map of the course, in README.md and in
-notebooks/index.md, is made from it, by
+notebooks/index.md, is made from it, and the README's table of flags from ``pipetutor.options``, by
 
     python tools/course.py      # or: make map
 
@@ -22,9 +22,13 @@ import nbformat
 from nbformat import NotebookNode
 from papermill import inspect_notebook
 
+from pipetutor import options
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- map: made by tools/course.py -->", "<!-- end of the map -->"
+FLAGS_BEGIN, FLAGS_END = "<!-- flags: made by tools/course.py -->", "<!-- end of the flags -->"
 MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION")
 
 
@@ -176,17 +180,29 @@ def table(directory: str) -> str:
     return "\n".join(rows)
 
 
+def placed(text: str, begin: str, end: str, content: str) -> str:
+    """Return a page with this content in the place of what stands between two comments."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"a place is marked by {begin} and {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
 def with_map(text: str, directory: str) -> str:
-    """Return a page with its map made anew, between the two comments that mark its place."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the place of the map is marked by {BEGIN} and {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(directory)}\n\n{END}{rest.split(END)[1]}"
+    """Return a page with its map made anew."""
+    return placed(text, BEGIN, END, table(directory))
 
 
-PAGES = {ROOT / "README.md": "notebooks/", NOTEBOOKS / "index.md": ""}  # page -> how its links begin
+def with_flags(text: str) -> str:
+    """Return the README with its table of flags made anew."""
+    return placed(text, FLAGS_BEGIN, FLAGS_END, options.table())
+
+
+PAGES = {README: "notebooks/", NOTEBOOKS / "index.md": ""}  # page -> how its links begin
 
 if __name__ == "__main__":
     for page, directory in PAGES.items():
         page.write_text(with_map(page.read_text(), directory))
         print(f"{page.relative_to(ROOT)}: the map is up to date")
+    README.write_text(with_flags(README.read_text()))
+    print("README.md: the table of flags is up to date")
