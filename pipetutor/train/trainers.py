@@ -21,7 +21,7 @@ from pipetutor.core.plan import Plan
 from pipetutor.options import Options, parser
 from pipetutor.processes.faults import Fault, Injector
 from pipetutor.processes.heartbeat import Heartbeat
-from pipetutor.tracing.trace import Recorder
+from pipetutor.tracing.record import Recorder
 from pipetutor.train.joining import make_plan
 from pipetutor.weights import load_weights
 
