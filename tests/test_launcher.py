@@ -66,7 +66,7 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
     assert again == run and run.samples_per_second > 0 and len(run.seconds) == 2
     assert run.details["result"]["loss"] == run.losses[-1] and run.details["config"]["train_batch_size"] == 4
     assert run.details["versions"]["deepspeed"] == "0.19.8" and run.details["device"] == "cpu"
-    assert run.stage_layers(0)[0] == "Conv2dNormActivation" and run.stage_layers(1)[-1] == "Linear"
+    assert (run.layers[0], run.layers[-1]) == ("Conv2dNormActivation", "Linear")
     assert sorted(path.name for path in run.directory.glob("*.json")) == ["config.json", *HEARTBEATS, "run.json"]
     assert sorted(path.name for path in run.directory.glob("logs/*")) == ["rank0.log", "rank1.log"]
     assert "'a path with spaces" in run.command

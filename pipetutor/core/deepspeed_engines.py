@@ -5,6 +5,7 @@ config that its engine gets, the model's state under torchvision's names, and a 
 before the engine executes it.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -173,10 +174,9 @@ class DataParallel(_DeepSpeed):
 
     def feed(self, micro_batches: Batches) -> Batches:
         """Have each load observed."""
-        return _Observed(self, micro_batches)
+        return (self._load(micro_batches) for _ in itertools.count())
 
-    def load(self, micro_batches: Batches) -> list[torch.Tensor]:
-        """Load a micro-batch."""
+    def _load(self, micro_batches: Batches) -> list[torch.Tensor]:
         self._before(Instruction("LoadMicroBatch", 0, self._micro_batch()))
         found = next(micro_batches)
         self._after()
@@ -197,19 +197,6 @@ class DataParallel(_DeepSpeed):
             found.append(self.deepspeed.module(images))
         self.deepspeed.train()
         return found
-
-
-class _Observed:
-    """Micro-batches whose loads are observed; no generator, which would hold on to the last one."""
-
-    def __init__(self, engine: DataParallel, micro_batches: Batches):
-        self._engine, self._micro_batches = engine, micro_batches
-
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> list[torch.Tensor]:
-        return self._engine.load(self._micro_batches)
 
 
 class Pipeline(_DeepSpeed):

@@ -24,30 +24,6 @@ __all__ = ["Loop"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class _Full:
-    """Passes micro-batches on, and refuses a ragged one where it is loaded, before it reaches another rank.
-
-    No generator, which would hold on to the last micro-batch.
-    """
-
-    def __init__(self, micro_batches: Batches, size: int, observers: Sequence[Observer]):
-        self._micro_batches, self._size, self._observers = micro_batches, size, observers
-
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> list[torch.Tensor]:
-        found = next(self._micro_batches)
-        for observer in self._observers:
-            found = observer.loaded(found)
-        if len(found[0]) != self._size:
-            raise ValueError(
-                f"ragged micro-batch: it has {len(found[0])} of {self._size} images. A pipeline agrees "
-                "on the shape of its activations once, so what is left at the end of a pass must be dropped"
-            )
-        return found
-
-
 class Loop:
     """One rank's way through a run.
 
@@ -77,13 +53,24 @@ class Loop:
         source = self._images(self.trainset) if engine.is_first else loader.Labels(self.trainset)
         shape, order = (engine.batch.micro, engine.batch.replicas), (engine.replica, options.seed)
         batches = loader.micro_batches(source, *shape, *order, engine.device, self.start, self.dtype)
-        self.micro_batches = engine.feed(_Full(batches, engine.batch.micro, observers))
+        self.micro_batches = engine.feed(map(self._checked, batches))  # no generator, which would hold on to the last
 
     def _data(self, train: bool) -> Dataset[Any]:
         return loader.load(self.options.dataset, train, self.options.local_rank, self.options.data_dir)
 
     def _images(self, dataset: Dataset[Any]) -> Dataset[Any]:
         return dataset if self.options.transforms == "pil" else loader.Pixels(dataset)
+
+    def _checked(self, micro_batch: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what observers make of a micro-batch; a ragged one is refused before it reaches another rank."""
+        for observer in self.observers:
+            micro_batch = observer.loaded(micro_batch)
+        if len(micro_batch[0]) != self.engine.batch.micro:
+            raise ValueError(
+                f"ragged micro-batch: it has {len(micro_batch[0])} of {self.engine.batch.micro} images. A pipeline "
+                "agrees on the shape of its activations once, so what is left at the end of a pass must be dropped"
+            )
+        return micro_batch
 
     def _before(self, instruction: Instruction) -> None:
         for observer in self.observers:

@@ -24,7 +24,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +126,16 @@ def read(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def update(directory: Path, **fields: Any) -> None:
+def update(directory: Path, **values: Any) -> None:
     """Add or replace fields of ``run.json``. One process at a time writes: launcher, rank 0, supervisor."""
-    write_json(directory / "run.json", read(directory) | fields)
+    write_json(directory / "run.json", read(directory) | values)
 
 
-def close(directory: Path, status: str, **fields: Any) -> None:
+def close(directory: Path, status: str, **values: Any) -> None:
     """Say in ``run.json`` how a run ended, and in ``done`` which step was its last complete one."""
     steps = _undamaged(directory / STEPS)
     done = {"done": steps[-1]["step"]} if steps else {}
-    update(directory, status=status, **done, **fields)
+    update(directory, status=status, **done, **values)
 
 
 def held(directory: Path) -> str:
@@ -322,10 +322,6 @@ class Run:
             raise ValueError("this run was never evaluated: launch it with eval_every=N")
         return self.evaluations[-1]["accuracy"]
 
-    def stage_layers(self, stage: int) -> list[str]:
-        """Return the class names of the layers that one stage of the P x chunks held."""
-        return self.layers[self.bounds[stage] : self.bounds[stage + 1]]
-
     @classmethod
     def load(cls, directory: str | Path) -> "Run":
         """Read a run back.
@@ -336,29 +332,17 @@ class Run:
         directory = Path(directory)
         try:
             details = json.loads((directory / "run.json").read_text())
-            steps = list(read_lines(directory / STEPS))
-            return cls(
-                directory=directory,
-                losses=[number(step["loss"]) for step in steps],
-                seconds=[step["seconds"] for step in steps],
-                first_step=steps[0]["step"] if steps else details.get("done", 0) + 1,
-                evaluations=[line | {"loss": number(line["loss"])} for line in read_lines(directory / EVALUATIONS)],
-                details=details,
-                **{
-                    name: details[name]
-                    for name in (
-                        "command",
-                        "stages",
-                        "replicas",
-                        "train_batch",
-                        "micro_batch",
-                        "micro_batches",
-                    )
-                },
-                bounds=details["bounds"],
-                layers=details["layers"],
-                status=details["status"],
-            )
+            steps, evaluations = (list(read_lines(directory / name)) for name in (STEPS, EVALUATIONS))
+            made: dict[str, Any] = {
+                "directory": directory,
+                "losses": [number(step["loss"]) for step in steps],
+                "seconds": [step["seconds"] for step in steps],
+                "first_step": steps[0]["step"] if steps else details.get("done", 0) + 1,
+                "evaluations": [line | {"loss": number(line["loss"])} for line in evaluations],
+                "details": details,
+            }
+            kept = {one.name: details[one.name] for one in fields(cls) if one.name not in made}
+            return cls(**made, **kept)
         except FileNotFoundError:
             raise ValueError(f"{directory} holds no run: run.json is missing") from None
         except OSError as error:

@@ -1,11 +1,4 @@
-"""The engine's own instructions, timed on every rank, and put together as timelines.
-
-    runs/20261124-101502-p2r1/
-        trace_rank0.jsonl    who the rank is, then a line a step: every instruction, when it began and ended
-        trace.json           the same of all ranks, for https://ui.perfetto.dev or chrome://tracing
-
-A rank notes two times and its memory for each instruction, and writes them once the step is over. Whose times
-and memory these are is in ``pipetutor.tracing.clock``.
+"""A run's trace, read back: what all ranks recorded, put together as timelines.
 
 How much of a Send or a Recv is waiting is known once all ranks are read. A Send waits until the other end has come
 to its Recv; a blocking one that was over before was taken in by a buffer, and has not waited. A Recv waits until its
@@ -14,7 +7,6 @@ pipelines send in the background). What comes after is called transfer. It is as
 both ends, and what the operating system does in between.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,93 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipetutor.core.observer import Observer
-from pipetutor.core.records import Run, append, read_lines, to_json
-from pipetutor.schedule.orders import PARTNERS, Instruction
-from pipetutor.schedule.timeline import CATEGORIES, CODE, KINDS, SPAN, Timeline
-from pipetutor.tracing.clock import CudaClock, HostClock, clock_offset
+from pipetutor.core.records import Run, read_lines
+from pipetutor.schedule.orders import PARTNERS
+from pipetutor.schedule.timeline import CODE, KINDS, SPAN, Timeline
 
-__all__ = ["Recorder", "Step", "Trace", "load", "write_chrome"]
-
-# What "waiting" means in a trace, by whether its engine sends and receives with blocking calls.
-WAITING = {
-    True: "until the other end has come to the message; the rest of a Send or Recv is transfer, copies included",
-    False: "of a Send until the other end has come to its Recv, of a Recv until the message has been computed; "
-    "the rest is transfer, as far as a rank stood still for it",
-}
-
-
-class Recorder(Observer):
-    """Times what one rank does in each step of training.
-
-    A new instruction ends the one before it, so spans never overlap, where an engine calls one thing from within
-    another, too.
-    """
-
-    starts_together = True  # no rank is still busy with the step before
-
-    def __init__(self, directory: Path, rank: int, device: Any):
-        self._directory = directory
-        self._path = directory / f"trace_rank{rank}.jsonl"
-        self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
-        self._head = {"rank": rank, "device": str(device), "without_model": self._clock.tensors()}
-        self._head["returns_blocks"] = device.type == "cuda" or "MALLOC_MMAP_THRESHOLD_" in os.environ
-        self._offset = clock_offset(device)
-        self._spans: list[tuple[Any, ...]] | None = None
-        self._open: tuple[str, int, int, Any] | None = None
-
-    def built(self, engine: Any) -> None:
-        """Begin the file."""
-        head = self._head | {"replica": engine.replica, "blocking": engine.blocking, "clock_offset": self._offset}
-        self._path.write_text(to_json(head | {"with_model": self._clock.tensors()}) + "\n")
-
-    def begin(self, step: int) -> None:
-        """Start recording a step."""
-        self._clock.start()
-        self._memory = self._clock.memory()
-        self._spans, self._begin = [], self._clock.now()
-
-    def before(self, instruction: Instruction) -> None:
-        """Note that an instruction begins; outside of a step nothing is noted."""
-        if self._spans is None:
-            return
-        name, stage, micro_batch, _ = instruction
-        now = self._clock.now()
-        if self._open:
-            self._close(now)
-        self._open = name, stage, -1 if micro_batch is None else micro_batch, now
-
-    def after(self) -> None:
-        """Note that it has ended."""
-        if self._open:
-            self._close(self._clock.now())
-
-    def _close(self, now: Any) -> None:
-        assert self._open and self._spans is not None
-        self._spans.append((*self._open, now, self._clock.memory()))
-        self._open = None
-
-    def end(self, step: int) -> None:
-        """Write the step that was recorded."""
-        self.after()
-        assert self._spans is not None
-        spans, self._spans = self._spans, None
-        begin, end = self._seconds(self._begin), self._seconds(self._clock.now())
-        times = [(*span[:3], self._seconds(span[3]), self._seconds(span[4]), span[5]) for span in spans]
-        memory = {"memory": self._memory, "peak": self._clock.peak()}
-        line = {"step": step, "begin": begin, "end": end, **memory, "spans": times}
-        append(self._path, line)
-
-    def trained(self) -> None:
-        """Write all ranks' steps for Perfetto, on the first of them."""
-        import torch.distributed as dist
-
-        dist.barrier()  # the other ranks have written their last step
-        if self._head["rank"] == 0:
-            print(f"trace: {write_chrome(self._directory)}, for https://ui.perfetto.dev", flush=True)
-
-    def _seconds(self, mark: Any) -> float:
-        return round(self._clock.seconds(mark) + self._offset, 7)
+__all__ = ["Step", "Trace", "load"]
 
 
 class Step(NamedTuple):
@@ -185,11 +95,12 @@ def _rows(heads: Sequence[Any], steps: Sequence[Any]) -> Iterator[tuple[Any, ...
             yield head["rank"], stage, head["replica"], CODE[name], micro_batch, begin, end, 0.0, memory
 
 
-def _by_place(spans: np.ndarray) -> dict[tuple[str, int, int, int], np.ndarray]:
+def by_place(spans: np.ndarray) -> dict[tuple[str, int, int, int], np.ndarray]:
+    """Return each span under its name, stage, replica and micro-batch."""
     return {(KINDS[s["kind"]], s["stage"], s["replica"], s["micro_batch"]): s for s in spans}
 
 
-def _awaited(span: np.ndarray, place: dict[Any, np.ndarray], blocking: bool) -> tuple[np.ndarray, float] | None:
+def waits_for(span: np.ndarray, place: dict[Any, np.ndarray], blocking: bool) -> tuple[np.ndarray, float] | None:
     """Return what a Send or Recv waits for, and until when: its other end, or the pass that computes the message."""
     name, direction = PARTNERS[KINDS[span["kind"]]]
     where = span["stage"] + direction, span["replica"], span["micro_batch"]
@@ -207,7 +118,7 @@ def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
     stage 0:  SendActivation |--- waiting ---|-- transfer --|
     stage 1:    ForwardPass ...............| RecvActivation |
     """
-    place = _by_place(spans)
+    place = by_place(spans)
     together: dict[tuple[int, int], float] = {}  # when the last rank came to a collective
     for span in spans:
         if KINDS[span["kind"]] in ("ReduceGrads", "AggregateLoss"):
@@ -217,7 +128,7 @@ def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
     for index, span in enumerate(spans):
         name, ready = KINDS[span["kind"]], span["begin"]
         if name in PARTNERS:
-            awaited = _awaited(span, place, blocking)
+            awaited = waits_for(span, place, blocking)
             buffered = blocking and awaited is not None and awaited[1] > span["end"]
             if awaited is not None and not buffered:
                 ready = awaited[1]
@@ -231,69 +142,3 @@ def _group(span: np.ndarray) -> tuple[int, int]:
     """Return what the ranks of one collective have in common: replicas of a stage reduce, stages share a loss."""
     reduces = KINDS[span["kind"]] == "ReduceGrads"
     return int(span["kind"]), int(span["stage"]) if reduces else -1
-
-
-def write_chrome(directory: Path) -> Path:
-    """Write a run's trace as Chrome trace events, for Perfetto and chrome://tracing.
-
-    A replica is a process there and a rank a thread. Waiting is a slice within its instruction, a message an
-    arrow from Send to Recv, and memory a counter.
-
-    Args:
-        directory: of the run.
-
-    Returns:
-        The file, ``trace.json``. Its format: Chrome's "Trace Event Format", JSON object form; times in microseconds.
-
-    Raises:
-        ValueError: see ``load``.
-    """
-    events: list[dict[str, Any]] = []
-    known = set()
-    trace = load(directory)
-    origin = trace.steps[0].timeline.begin
-    blocking = trace.heads[0]["blocking"]
-    for step in trace.steps:
-        place = _by_place(step.timeline.spans)
-        for span in step.timeline.spans:
-            name = KINDS[span["kind"]]
-            rank, replica, stage, micro_batch = (int(span[c]) for c in ("rank", "replica", "stage", "micro_batch"))
-            where = {"pid": replica, "tid": rank}
-            if rank not in known:
-                known.add(rank)
-                events.append(_named("process_name", f"replica {replica}", where))
-                events.append(_named("thread_name", f"rank {rank}", where))
-            begin, lasts = 1e6 * (span["begin"] - origin), 1e6 * (span["end"] - span["begin"])
-            args = {"step": step.number, "stage": stage, "micro_batch": None if micro_batch < 0 else micro_batch}
-            slices = {"ph": "X", "cat": CATEGORIES[name], "ts": begin, **where, "args": args}
-            title = name if micro_batch < 0 else f"{name} {micro_batch}"
-            events.append(slices | {"name": title, "dur": lasts})
-            if span["waiting"] > 0:
-                events.append(slices | {"name": "waiting", "cat": "waiting", "dur": 1e6 * span["waiting"]})
-            sender = _awaited(span, place, blocking) if name.startswith("Recv") else None
-            if sender is not None:
-                leaves, arrives = _ends(sender[0], span, blocking)
-                arrow = {"name": name[4:], "cat": "message", "id": len(events), "pid": replica}
-                events.append(arrow | {"ph": "s", "ts": 1e6 * (leaves - origin), "tid": int(sender[0]["rank"])})
-                events.append(arrow | {"ph": "f", "bp": "e", "ts": 1e6 * (arrives - origin), "tid": rank})
-            counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": begin + lasts, "pid": replica}
-            events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
-    path = directory / "trace.json"
-    about = {"waiting": WAITING[blocking], "devices": [head["device"] for head in trace.heads]}
-    path.write_text(to_json({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
-    return path
-
-
-def _ends(sender: np.ndarray, receiver: np.ndarray, blocking: bool) -> tuple[float, float]:
-    """Return when to draw that a message leaves and arrives: well within its slices, to which viewers bind an arrow.
-
-    Send |-- waiting --|  o   transfer       |        or, in the background,  ForwardPass           o |
-    Recv               |       transfer   o  |                                    Recv |-- waiting ----|  o  |
-    """
-    ready = [float(end["begin"] + end["waiting"]) for end in (sender, receiver)]
-    margin = min(float(sender["end"]) - ready[0], float(receiver["end"]) - ready[1]) / 4
-    return (ready[0] + margin if blocking else float(sender["end"]) - margin), float(receiver["end"]) - margin
-
-
-def _named(what: str, name: str, where: dict[str, int]) -> dict[str, Any]:
-    return {"ph": "M", "name": what, "args": {"name": name}, **where}

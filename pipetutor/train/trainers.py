@@ -21,7 +21,7 @@ from pipetutor.core.plan import Plan
 from pipetutor.options import Options, parser
 from pipetutor.processes.faults import Fault, Injector
 from pipetutor.processes.heartbeat import Heartbeat
-from pipetutor.tracing.trace import Recorder
+from pipetutor.tracing.record import Recorder
 from pipetutor.train.joining import make_plan
 from pipetutor.weights import load_weights
 
@@ -110,14 +110,14 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     plan = _agreed(args)
     deepspeed.runtime.utils.set_random_seed(args.seed)
     observers, options = _observers(plan.options), plan.options
-    model = _model(options)
     if options.engine == "torch":
         from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
 
         bounds = [int(bound) for bound in part.split(",")]
-        engine = TorchPipeline(model, options.schedule, bounds, plan.config, options.recompute)
+        engine = TorchPipeline(_model(options), options.schedule, bounds, plan.config, options.recompute)
         Loop(plan, engine, observers).run(engine.train_batch)
         return engine
-    pipe = Pipeline(model, options.stages, part, plan.config, options.recompute)
+    # Without a name here, which would keep the layers of all stages.
+    pipe = Pipeline(_model(options), options.stages, part, plan.config, options.recompute)
     Loop(plan, pipe, observers).run(pipe.train_batch)
     return pipe.deepspeed

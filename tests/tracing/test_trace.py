@@ -10,7 +10,7 @@ from conftest import train
 
 from pipetutor.schedule.orders import deepspeed_1f1b
 from pipetutor.schedule.timeline import CODE, KINDS, SPAN, Timeline
-from pipetutor.tracing import trace
+from pipetutor.tracing import chrome, trace
 
 MODEL = ["--model", "tiny", "--partition", "0,3,14", "--dropout", 0]
 
@@ -135,7 +135,7 @@ def test_chrome_trace(traced):
     """The required keys of the format; arrows that begin and end within slices; every span is there."""
     content = json.loads((traced.directory / "trace.json").read_text())
     assert content["displayTimeUnit"] == "ms" and content["otherData"]["devices"] == ["cpu"] * 4
-    assert content["otherData"]["waiting"] == trace.WAITING[True]
+    assert content["otherData"]["waiting"] == chrome.WAITING[True]
     by_phase: dict[str, list[dict]] = {}
     for event in content["traceEvents"]:
         assert {"name", "ph", "pid"} <= event.keys()
@@ -217,7 +217,7 @@ def timed_recorder():
     """Each rank notes the processor time that its recorder takes, step by step: what else runs has no part in it."""
     import time
 
-    from pipetutor.tracing.trace import Recorder
+    from pipetutor.tracing.record import Recorder
 
     spent = [0.0]
 
