@@ -1,7 +1,7 @@
 """Mistakes put into the package on purpose, each of which a test must catch: ``python tests/mutations.py``.
 
-A mutation replaces one piece of text. The tests that are named with it run in a copy of the tree, first as it is, when
-they must pass, and then with the mistake in it, when one of them must fail. The status is 1 if a mistake goes
+A mutation replaces one piece of text. The tests that are named with it run in a copy of the tree, first as it is,
+when they must pass, and then with the mistake in it, when one of them must fail. The status is 1 if a mistake goes
 unnoticed, or if its text is not in the package any more.
 """
 
