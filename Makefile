@@ -6,7 +6,10 @@ READY := $(VENV)/.pipetutor-ready
 # Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 05_schedules"
 NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
-NUMBERS := accumulate certify checkpoint data dropout evaluate memory recompute torch_engine train
+NUMBERS := certify/test_certify core/test_accumulate core/test_checkpoint core/test_dropout core/test_evaluate \
+	core/test_recompute core/test_torch_engine costs/test_memory data/test_data test_train
+# Two workers; those that are done early take over from the others.
+PYTEST := -m pytest -n 2 --dist worksteal
 
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
 # What a user has set for other Pythons is none of this one's.
@@ -19,7 +22,7 @@ export HOME := $(CURDIR)/build/home
 $(shell mkdir -p build/home)
 endif
 
-.PHONY: run smoke html lab map test other-kernels browser has-chromium prove bench clean
+.PHONY: run smoke html lab map test other-kernels browser has-chromium gpu prove mutations bench clean
 
 run: $(READY)
 	$(VENV)/bin/python tools/run_notebooks.py $(NOTEBOOKS)
@@ -49,7 +52,7 @@ test: $(READY)
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -c 'from importlinter.cli import lint_imports_command as check; check()' --no-cache --no-logo
 	$(VENV)/bin/python -m nbstripout --keep-id --verify notebooks/*.ipynb
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
 
 # The tests that compare numbers, as on a processor without vector instructions: torch, oneDNN and MKL take other
 # kernels there, which add up in another order.
@@ -57,7 +60,7 @@ other-kernels: export ATEN_CPU_CAPABILITY := default
 other-kernels: export ONEDNN_MAX_CPU_ISA := SSE41
 other-kernels: export MKL_CBWR := COMPATIBLE
 other-kernels: $(READY)
-	$(VENV)/bin/python -m pytest $(NUMBERS:%=tests/test_%.py)
+	$(VENV)/bin/python $(PYTEST) $(NUMBERS:%=tests/%.py)
 
 browser: has-chromium $(READY)
 	$(VENV)/bin/python -m pytest -m browser
@@ -65,8 +68,17 @@ browser: has-chromium $(READY)
 has-chromium:
 	@command -v chromium > /dev/null || { echo "make browser needs Chromium: apt-get install chromium" >&2; exit 1; }
 
+gpu: $(READY)
+	@$(VENV)/bin/python -c 'from pipetutor.system.gpus import gpus; found = gpus(); raise SystemExit( \
+		None if found.count else "make gpu needs a GPU that torch can use: " + (found.why or "there is none"))'
+	$(VENV)/bin/python -m pytest -m gpu
+
 prove: $(READY)
 	$(VENV)/bin/python -m pytest -m slow -s
+
+# Mistakes put into the package on purpose: which tests notice them
+mutations: $(READY)
+	$(VENV)/bin/python tests/mutations.py
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks

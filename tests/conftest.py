@@ -97,9 +97,13 @@ def wait_until(condition, seconds=HANGS):
 
 
 def in_ranks(tmp_path: Path, monkeypatch, code: str) -> None:
-    """Run this code at the start of every process that has a RANK."""
-    indented = textwrap.indent(textwrap.dedent(code), "    ")
-    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n" + indented)
+    """Run this code at the start of every process that has a RANK; where it fails, the process ends."""
+    indented = textwrap.indent(textwrap.dedent(code), "        ")
+    failed = (
+        "    except BaseException:\n        import traceback\n        traceback.print_exc()\n        os._exit(1)\n"
+    )
+    begin = "import os\nif 'RANK' in os.environ:\n    try:\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{begin}{indented}\n{failed}")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
 
 

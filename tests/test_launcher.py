@@ -37,8 +37,12 @@ def script(runs: Path, body: str) -> subprocess.Popen:
     )
 
 
-def a_step_is_done(runs: Path):
-    return lambda: any(list(read_lines(directory / STEPS)) for directory in runs.glob("*-p*"))
+def wait_for_a_step(runs: Path, kernel: subprocess.Popen) -> None:
+    def done():
+        return any(list(read_lines(directory / STEPS)) for directory in runs.glob("*-p*"))
+
+    wait_until(lambda: done() or kernel.poll() is not None)
+    assert done(), "the kernel has ended"
 
 
 def ranks_of(runs: Path) -> dict[int, psutil.Process]:
@@ -139,6 +143,7 @@ def stand_ins(runs, monkeypatch):
         from pathlib import Path
         from pipetutor.core import records
         from pipetutor.processes.heartbeat import Heartbeat
+        from pipetutor.schedule.orders import Instruction
         sys.argv = sys.orig_argv  # as Python sets it behind this
         directory, rank = Path(sys.argv[sys.argv.index("--run-dir") + 1]), int(os.environ["RANK"])
         heart = Heartbeat(directory, rank)
@@ -147,7 +152,7 @@ def stand_ins(runs, monkeypatch):
             steps = records.StepWriter(directory, 4)
         for step in itertools.count(1):
             heart.enter("training", step)
-            heart.before("ForwardPass", 0)
+            heart.before(Instruction("ForwardPass", 0, 0))
             time.sleep(0.1)
             if rank == 0:
                 steps.write(step, 2.3, 0.1)
@@ -192,7 +197,7 @@ def test_a_rank_that_raises_is_named(runs, monkeypatch):
 
 def test_a_rank_that_is_killed_is_named_and_the_others_end(runs, stand_ins):
     kernel = script(runs, LONG)
-    wait_until(a_step_is_done(runs))
+    wait_for_a_step(runs, kernel)
     ranks_of(runs)[1].kill()
     _, errors = kernel.communicate(timeout=HANGS)
     assert "rank 1 failed first: killed by SIGKILL (exit code -9), at " in errors, errors
@@ -202,7 +207,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(runs, stand_ins):
 @pytest.mark.parametrize("end", ["interrupt", "kill"])
 def test_nothing_outlives_the_kernel(runs, stand_ins, end):
     kernel = script(runs, LONG)
-    wait_until(a_step_is_done(runs))
+    wait_for_a_step(runs, kernel)
     assert len(ranks_of(runs)) == 2
     kernel.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
     wait_until(lambda: not [p for p in processes_of(runs.parent) if p.pid != kernel.pid])
@@ -223,7 +228,7 @@ def test_children_that_ignore_signals_and_leave_the_session_are_ended_too(runs, 
         """,
     )
     kernel = script(runs, LONG)
-    wait_until(a_step_is_done(runs))
+    wait_for_a_step(runs, kernel)
     assert any("os.setsid()" in " ".join(p.cmdline()) for p in processes_of(runs.parent))
     kernel.kill()
     kernel.communicate()
@@ -241,7 +246,7 @@ def test_papermill_stopped_leaves_nothing(runs, stand_ins, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_until(a_step_is_done(runs))
+    wait_for_a_step(runs, papermill)
     papermill.kill()
     papermill.wait()
     # The kernel notices that its parent is gone, and the supervisor that the kernel is.

@@ -139,6 +139,7 @@ def test_bf16_is_left_out_where_it_would_crawl(runs, monkeypatch):
     assert json.loads((found.directory / "bench.json").read_text())["left_out"] == found.left_out
 
 
+@pytest.mark.alone
 def test_a_run_may_take_its_time_as_long_as_steps_end(tmp_path, monkeypatch):
     """Steps that take longer together than the patience for one; then none comes."""
     monkeypatch.setattr(contest, "PATIENCE_SECONDS", 4)

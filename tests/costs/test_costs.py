@@ -60,6 +60,7 @@ def sleepers():
     return [*chain, Sleeper(0.03, 0.06, 0.02)]
 
 
+@pytest.mark.alone
 def test_known_times_are_recovered():
     """None is shorter than its nap, and none so long that it could have another nap in it, of 20 ms at least."""
     images, labels = torch.rand(2, 1, 2, 5), torch.tensor([0, 1])
@@ -73,6 +74,7 @@ def test_known_times_are_recovered():
             assert seconds <= least < seconds + 0.02, f"layer {layer}, {['forward', 'backward'][found]}"
 
 
+@pytest.mark.alone
 def test_the_times_of_the_layers_add_up_to_the_whole():
     layers = join_layers(build("alexnet", dropout=0.0))
     images, labels = torch.rand(1, 3, 224, 224), torch.tensor([3])
@@ -97,6 +99,7 @@ def test_the_gradients_are_those_of_an_ordinary_backward():
         torch.testing.assert_close(gradient, expected.grad)
 
 
+@pytest.mark.alone
 def test_a_backward_is_divided_between_inputs_and_weights():
     shares = [weight_shares(sleepers(), torch.rand(2, 1, 2, 5)) for _ in range(3)]
     middle = [sorted(share)[1] for share in zip(*shares, strict=True)]

@@ -62,6 +62,7 @@ def four_stages(runs):
     return theory, naive, timeline
 
 
+@pytest.mark.alone
 def test_four_stages(runs):
     """On any machine a run is nearer to its own schedule than to the naive one, which takes twice as long."""
     theory, naive, timeline = four_stages(runs)

@@ -1,0 +1,358 @@
+"""Mistakes put into the package on purpose, each of which a test must catch: ``python tests/mutations.py``.
+
+A mutation replaces one piece of text. The tests that are named with it run in a copy of the tree, first as it is,
+when they must pass, and then with the mistake in it, when one of them must fail. The status is 1 if a mistake goes
+unnoticed, or if its text is not in the package any more.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("pipetutor", "benchmarks", "tests", "tools", "pyproject.toml")
+AT_ONCE = 2
+SECONDS = 600
+
+
+class Mutation(NamedTuple):
+    """One mistake: where, what stands there, what stands there instead, and the tests that must catch it."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+CORE = [
+    Mutation(
+        "core/partition.py",
+        "stage * size + min(stage, rest)",
+        "stage * size + max(0, stage - stages + rest)",
+        "core/test_partition.py::test_bounds_are_deepspeeds",
+    ),
+    Mutation(
+        "core/partition.py",
+        "if heaviest - lightest <= spread:",
+        "if heaviest - lightest < spread:",
+        "core/test_partition.py::test_bounds_are_deepspeeds",
+    ),
+    Mutation(
+        "core/batch.py",
+        "round(train / (micro * replicas))",
+        "round(train / micro)",
+        "core/test_config.py::test_what_the_config_leaves_out_is_solved",
+    ),
+    Mutation(
+        "core/config.py",
+        'default["params"] | given.get("params", {})',
+        'given.get("params", default["params"])',
+        "core/test_config.py::test_an_optimizer_is_laid_over_the_defaults",
+    ),
+    Mutation(
+        "core/layers.py",
+        "if not torch.equal(expected, found):",
+        "if not torch.isfinite(found).all():",
+        "core/test_layers.py::test_a_model_that_only_looks_like_a_list_is_refused",
+    ),
+    Mutation(
+        "core/accumulate.py",
+        "weight.grad.addmm_(rows.t(), inputs)",
+        "weight.grad.copy_(rows.t() @ inputs)",
+        "core/test_accumulate.py::test_three_micro_batches_give_the_gradients_of_autograd",
+    ),
+    Mutation(
+        "core/recompute.py",
+        "return nullcontext(), _without_effect(self)",
+        "return nullcontext(), nullcontext()",
+        "core/test_recompute.py",
+    ),
+    Mutation(
+        "core/evaluate.py",
+        "[real.flatten()]",
+        "[torch.ones_like(real).flatten()]",
+        "core/test_evaluate.py::test_every_topology_finds_the_number_that_one_process_finds",
+    ),
+    Mutation(
+        "core/evaluate.py",
+        "torch.arange(count * micro_batch) * replicas + replica",
+        "torch.arange(count * micro_batch) * replicas",
+        "core/test_evaluate.py::test_every_image_is_in_one_share",
+    ),
+    Mutation(
+        "core/deepspeed_engines.py",
+        "self.deepspeed.train()",
+        "pass",
+        "core/test_evaluate.py::test_evaluation_does_not_disturb_training",
+    ),
+    Mutation(
+        "core/deepspeed_engines.py",
+        '{"gradient_clipping": 0.0} | config',
+        "dict(config, gradient_clipping=config.get('gradient_clipping', 1.0))",
+        "test_train.py::test_any_number_of_stages_computes_the_same_to_the_last_bit",
+    ),
+    Mutation(
+        "core/deepspeed_engines.py",
+        "if self.batch.replicas > 1:",
+        "if self.batch.replicas > 2:",
+        "core/test_evaluate.py",
+    ),
+    Mutation(
+        "core/checkpoint.py",
+        'group["lr"] = lr',
+        'group["lr"] = group["lr"]',
+        "core/test_checkpoint.py::test_the_same_topology_goes_on_bit_for_bit",
+    ),
+    Mutation(
+        "core/checkpoint.py",
+        "older[: 1 - KEEP]",
+        "older[:-KEEP]",
+        "core/test_checkpoint.py::test_only_the_newest_two_are_kept",
+    ),
+    Mutation(
+        "core/checkpoint.py",
+        "shutil.rmtree(left)",
+        "left.touch()",
+        "core/test_checkpoint.py::test_a_crash_while_saving_leaves_the_checkpoint_before_it",
+    ),
+    Mutation(
+        "core/loop.py",
+        "self.step * self.engine.batch.replicas + self.engine.replica",
+        "self.step",
+        "core/test_dropout.py::test_each_replica_draws_masks_of_its_own_and_all_keep_the_same_weights",
+    ),
+    Mutation(
+        "core/loop.py",
+        "read = (self.step - self.done) * batch.accumulation",
+        "read = self.step - self.done",
+        "core/test_checkpoint.py::test_the_same_topology_goes_on_bit_for_bit",
+    ),
+    Mutation(
+        "core/loop.py",
+        "if len(found[0]) != self._size:",
+        "if not len(found[0]):",
+        "processes/test_faults.py::test_a_ragged_micro_batch_of_the_baseline_is_refused_as_well",
+    ),
+    Mutation(
+        "core/torch_engine.py",
+        "nn.functional.cross_entropy(output, labels) / self._micro_batches",
+        "nn.functional.cross_entropy(output, labels)",
+        "core/test_torch_engine.py::test_every_schedule_computes_what_one_process_computes",
+    ),
+    Mutation(
+        "core/records.py",
+        'if line["step"] <= step]',
+        'if line["step"] < step]',
+        "core/test_records.py::test_a_damaged_line_hides_neither_a_failure_nor_the_steps_before_it",
+    ),
+]
+SCHEDULE = [
+    Mutation("schedule/orders.py", "if number >= warm_up:", "if number > warm_up:", "schedule/test_orders.py"),
+    Mutation(
+        "schedule/orders.py",
+        "(chunks - 1 - chunk) * ranks + rank",
+        "chunk * ranks + rank",
+        "schedule/test_orders.py",
+    ),
+    Mutation(
+        "schedule/orders.py",
+        "received + unsent if cross else unsent + received",
+        "unsent + received",
+        "schedule/test_orders.py",
+    ),
+    Mutation("schedule/simulate.py", "left + costs.latency", "left", "schedule/test_simulate.py"),
+]
+AROUND = [
+    Mutation(
+        "data/loader.py",
+        "left[self._replica : len(left) // self._replicas * self._replicas : self._replicas]",
+        "left[self._replica :: self._replicas]",
+        "data/test_data.py::test_passes_are_shuffled_anew_and_never_ragged",
+    ),
+    Mutation(
+        "data/loader.py",
+        "generator=torch.Generator(),",
+        "generator=None,",
+        "core/test_checkpoint.py::test_the_same_topology_goes_on_bit_for_bit "
+        "core/test_dropout.py test_train.py::test_two_passes_over_images_that_nothing_divides",
+    ),
+    Mutation(
+        "data/fetch.py",
+        "if found != md5:",
+        "if not found:",
+        "data/test_data.py::test_other_bytes_are_refused_after_drawing",
+    ),
+    Mutation(
+        "system/cgroups.py",
+        "least = min(least, int(found[1]) / int(found[2]))",
+        "least = int(found[1]) / int(found[2])",
+        "system/test_cgroups.py",
+    ),
+    Mutation(
+        "tracing/clock.py",
+        "return offsets[hosts.index(here)]",
+        "return 0.0",
+        "tracing/test_trace.py::test_clocks_of_two_hosts_are_brought_together",
+    ),
+    Mutation(
+        "tracing/trace.py",
+        "buffered = blocking and awaited is not None",
+        "buffered = awaited is not None",
+        "tracing/test_trace.py::test_waiting_by_hand",
+    ),
+    Mutation(
+        "processes/heartbeat.py",
+        "if beat.instruction in COLLECTIVES:",
+        "if not beat.instruction:",
+        "processes/test_faults.py::test_who_waits_in_one_collective_waits_for_who_is_missing",
+    ),
+    Mutation(
+        "processes/supervise.py",
+        "preexec_fn=lambda: end_with(me),",
+        "preexec_fn=None,",
+        "processes/test_supervise.py::test_a_supervisor_that_is_killed_takes_its_ranks_with_it",
+    ),
+    Mutation(
+        "processes/supervise.py",
+        "asked or INPUT in readable or os.getppid() != self._parent",
+        "asked",
+        "test_launcher.py::test_nothing_outlives_the_kernel",
+    ),
+    Mutation(
+        "processes/diagnosis.py",
+        "return int(code == -signal.SIGTERM)",
+        "return 0",
+        "processes/test_faults.py::test_a_rank_that_was_asked_to_end_followed_another_one",
+    ),
+    Mutation(
+        "processes/agreement.py",
+        "if (wanted := first.options.get(name)) != value:",
+        "if (wanted := first.options.get(name)) is None:",
+        "processes/test_agreement.py::test_what_one_host_refuses_ends_all_and_is_told_on_each",
+    ),
+    Mutation(
+        "costs/table.py",
+        "share * layer.first_saving",
+        "layer.first_saving",
+        "costs/test_costs.py::test_layers_add_up_to_stages",
+    ),
+    Mutation(
+        "costs/memory.py",
+        "(copies if recompute else saved)",
+        "saved",
+        "costs/test_memory.py::test_gpipe_keeps_all_micro_batches_and_1f1b_as_many_as_stages",
+    ),
+    Mutation(
+        "certify/proof.py",
+        'difference if difference == difference else float("inf")',
+        "difference",
+        "certify/test_certify.py::test_one_wrong_entry_among_many_tensors_is_found",
+    ),
+    Mutation(
+        "figures/plots_timeline.py",
+        "left = (begins + waits)[chosen]",
+        "left = begins[chosen]",
+        "figures/test_plots_timeline.py",
+    ),
+    Mutation(
+        "lessons/hazards.py",
+        'did.startswith("fails")',
+        "False",
+        "lessons/test_hazards.py::test_the_order_of_steps_decides_whether_a_race_does_harm",
+    ),
+    Mutation(
+        "preflight.py",
+        "if done == options.steps and options.eval_every is None:",
+        "if done > options.steps:",
+        "core/test_checkpoint.py::test_a_checkpoint_of_something_else_is_refused_before_anything_starts",
+    ),
+    Mutation(
+        "launcher.py",
+        "run_dir=_short(again)",
+        "run_dir=_short(directory)",
+        "test_launcher.py::test_the_printed_command_does_the_same_work_alone",
+    ),
+    Mutation(
+        "train/trainers.py",
+        "(accumulation * dist.get_world_size())",
+        "accumulation",
+        "core/test_checkpoint.py::test_other_replicas_and_the_baseline_go_on_with_equal_losses",
+    ),
+    Mutation(
+        "train/joining.py",
+        "(held := records.held(directory)) and not goes_on",
+        "(held := records.held(directory)) and goes_on",
+        "test_launcher.py::test_a_run_directory_that_holds_another_run_is_refused_and_left_as_it_is",
+    ),
+    Mutation(
+        "options.py",
+        "if value != one.metadata",
+        "if value == one.metadata",
+        "test_launcher.py::test_the_printed_command_does_the_same_work_alone",
+    ),
+    Mutation(
+        "weights.py",
+        "if shapes[name] != tuple(tensor.shape):",
+        "if shapes[name] == ():",
+        "core/test_checkpoint.py::test_weights_of_something_else_are_refused",
+    ),
+]
+MUTATIONS = [*CORE, *SCHEDULE, *AROUND]
+
+
+def status(tests: str, mutation: Mutation | None = None) -> int:
+    """Run tests in a copy of the tree, with a mistake in it or without, and return pytest's status."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory, "tree")
+        place.mkdir()
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, place / name)
+        if mutation:
+            file = place / "pipetutor" / mutation.file
+            file.write_text(file.read_text().replace(mutation.old, mutation.new, 1))
+        command = [sys.executable, "-m", "pytest", "-q", "-x"]
+        command += [f"--basetemp={directory}/runs", *(f"tests/{test}" for test in tests.split())]
+        environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{place / 'tools'}"}
+        with open(place / "said", "w+") as said:
+            done = subprocess.run(
+                command, cwd=place, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=SECONDS
+            )
+            said.seek(0)
+            if done.returncode > 1:
+                print(said.read()[-3000:], file=sys.stderr)
+        return done.returncode
+
+
+def verdict(mutation: Mutation) -> str:
+    """Say what became of a mistake."""
+    file = ROOT / "pipetutor" / mutation.file
+    if not file.exists() or mutation.old not in file.read_text():
+        return "ERROR: its text is not there"
+    found = status(mutation.tests, mutation)
+    return {0: "LIVES ON", 1: "caught"}.get(found, f"ERROR: pytest ended with status {found}")
+
+
+def main() -> int:
+    """Try all mutations, or those of the files whose names hold a word of the command line."""
+    chosen = [one for one in MUTATIONS if not sys.argv[1:] or any(word in one.file for word in sys.argv[1:])]
+    tests = " ".join(dict.fromkeys(test for one in chosen for test in one.tests.split()))
+    if status(tests):
+        print("the tests do not pass without a mutation")
+        return 1
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        verdicts = list(pool.map(verdict, chosen))
+    for mutation, said in zip(chosen, verdicts, strict=True):
+        print(f"{said:10} {mutation.file}: {mutation.old}  ->  {mutation.new}")
+    caught = verdicts.count("caught")
+    print(f"{caught} of {len(chosen)} mutations are caught")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
