@@ -172,6 +172,14 @@ def code_of(path):
     return TransformerManager().transform_cell("\n".join(cells))
 
 
+def test_a_notebook_gives_no_module_of_ours_away_to_a_variable(path):
+    tree = ast.parse(code_of(path))
+    imported = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    ours = {a.name for node in imported for a in node.names if is_module(f"{node.module}.{a.name}")}
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    assert not ours & {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
 MODULES = [path for path in sorted((ROOT / "pipetutor").rglob("*.py")) if path.stem != "__main__"]
 USERS = [*NOTEBOOKS, *MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 
