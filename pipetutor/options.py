@@ -22,7 +22,7 @@ from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system.command import Parser
 from pipetutor.system.kinds import KINDS, Kind, check, closest
 
-__all__ = ["DATASET_SIZES", "DTYPES", "ENGINES", "METHODS", "PROFILE", "Options", "parser", "takes_options"]
+__all__ = ["DATASET_SIZES", "DTYPES", "ENGINES", "METHODS", "PROFILE", "Options", "parser", "table", "takes_options"]
 
 DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")

@@ -14,6 +14,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 import course
 import pipetutor
+from pipetutor import options
 from pipetutor.system import machine
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,14 @@ def code_of(path):
     return TransformerManager().transform_cell("\n".join(cells))
 
 
+def test_a_notebook_gives_no_module_of_ours_away_to_a_variable(path):
+    tree = ast.parse(code_of(path))
+    imported = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    ours = {a.asname or a.name for node in imported for a in node.names if is_module(f"{node.module}.{a.name}")}
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    assert not ours & {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
 MODULES = [path for path in sorted((ROOT / "pipetutor").rglob("*.py")) if path.stem != "__main__"]
 USERS = [*NOTEBOOKS, *MODULES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 
@@ -228,7 +237,8 @@ TERMS = {
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_terms_are_spelled_in_one_way(page):
-    text = re.sub(r"^```.*?^```|^    .*?$|<!--.*?-->", "", read(page), flags=re.MULTILINE | re.DOTALL)
+    read_aloud = read(page).replace(options.table(), "")  # whose words stand as they are typed
+    text = re.sub(r"^```.*?^```|^    .*?$|<!--.*?-->", "", read_aloud, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>]+>", " ", text)
     before, heading, reading = text.partition("## Further reading")
     text = before + heading + re.sub(r"\*[^*]+\*", " ", reading)  # a title is spelled as its authors spell it

@@ -23,7 +23,6 @@ __all__ = [
     "Pixels",
     "Position",
     "Synthetic",
-    "cifar_testset",
     "cifar_trainset",
     "enlarge",
     "load",
@@ -88,11 +87,6 @@ def cifar_trainset(local_rank: int, dl_path: str = DATA_DIR) -> Dataset[Any]:
     50000
     """
     return load("cifar10", True, local_rank, dl_path)
-
-
-def cifar_testset(local_rank: int, dl_path: str = DATA_DIR) -> Dataset[Any]:
-    """Open CIFAR-10's test set, 10,000 images; otherwise as ``cifar_trainset``."""
-    return load("cifar10", False, local_rank, dl_path)
 
 
 class Position(NamedTuple):

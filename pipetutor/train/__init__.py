@@ -7,8 +7,8 @@ command line to the plan of the job, and ``job`` through it.
 """
 
 from pipetutor.core.layers import join_layers
-from pipetutor.data.loader import cifar_testset, cifar_trainset
+from pipetutor.data.loader import cifar_trainset
 from pipetutor.train.job import main
 from pipetutor.train.trainers import get_args, train_base, train_pipe
 
-__all__ = ["cifar_testset", "cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]
+__all__ = ["cifar_trainset", "get_args", "join_layers", "main", "train_base", "train_pipe"]

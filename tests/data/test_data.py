@@ -185,7 +185,7 @@ def cold_rank(rank: int, port: int, url: str, archive_md5: str, where: str) -> N
     torch.distributed.init_process_group("gloo", rank=rank, world_size=4)
     # Two ranks on each of two hosts that share a file system: two of them try to fetch.
     assert len(loader.cifar_trainset(rank % 2, where)) == synthetic.TRAIN
-    assert len(loader.cifar_testset(rank % 2, where)) == synthetic.TEST
+    assert len(loader.load("cifar10", False, rank % 2, where)) == synthetic.TEST
     torch.distributed.destroy_process_group()
 
 
