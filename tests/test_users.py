@@ -123,16 +123,16 @@ def test_costs_are_kept_where_the_user_can_write(place, home):
 @pytest.mark.parametrize(
     "command",
     [
-        "costs --micro-batch 1 --ranks 1 --model mobilenet_v3_small",
-        "certify --models vgg --stages 1",
-        "bench --rivals load --train-batch 16 --steps 4 --repetitions 1",
+        "pipetutor.costs --micro-batch 1 --ranks 1 --model mobilenet_v3_small",
+        "pipetutor.certify --models vgg --stages 1",
+        "benchmarks --rivals load --train-batch 16 --steps 4 --repetitions 1",
     ],
     ids=lambda command: command.split()[0],
 )
 def test_data_is_where_the_user_says(runs, command):
     """Everything that these commands start reads it there, too, since the default is no directory."""
     env = os.environ | {"PIPETUTOR_DATA_DIR": "/dev/null/none", "XDG_CACHE_HOME": str(runs.parent / "cache")}
-    run = [sys.executable, "-m", *f"pipetutor.{command}".split()]
+    run = [sys.executable, "-m", *command.split()]
     refused = subprocess.run(run, cwd=runs.parent, env=env, capture_output=True, text=True, timeout=HANGS)
     assert refused.returncode == 2 and refused.stderr.endswith(
         "give another data directory (data_dir, --data-dir or PIPETUTOR_DATA_DIR)\n"

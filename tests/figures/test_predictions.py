@@ -43,7 +43,7 @@ def four_stages(runs):
     """
     micro_batches = 6
     config = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}
-    arguments = ["-s", 3, "--trace", "--model", "mobilenet_v3_small", "--dropout", 0]
+    arguments = ["-s", 3, "--trace", "--model", "tiny", "--dropout", 0]
     run = train(runs, *arguments, stages=4, config=config, patch=sleepy_stages)
     timeline = trace.load(run).typical.timeline
 
@@ -62,7 +62,6 @@ def four_stages(runs):
     return theory, naive, timeline
 
 
-@pytest.mark.alone
 def test_four_stages(runs):
     """On any machine a run is nearer to its own schedule than to the naive one, which takes twice as long."""
     theory, naive, timeline = four_stages(runs)

@@ -87,7 +87,6 @@ def slow_first_stage(runs):
     return run, trace.load(run).steps[1].timeline.accounting()
 
 
-@pytest.mark.alone
 def test_who_waits_for_whom(runs):
     """Stage 1 waits for each activation, and that is no transfer; most of the step is explained."""
     run, (first, second) = slow_first_stage(runs)
@@ -237,7 +236,6 @@ def timed_recorder():
         setattr(Recorder, name, timed(name, getattr(Recorder, name)))
 
 
-@pytest.mark.alone
 def test_tracing_costs_less_than_2_percent_of_a_step(runs):
     """Measured within a real run of AlexNet, whose steps are short here: the more a recorder has to take of them."""
     config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2}
