@@ -176,7 +176,7 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     def look(part: str, tensors: dict[str, torch.Tensor]) -> None:
         found[part] = compare(tensors, {name: expected[f"{part}.{name}"] for name in tensors})
 
-    def before(instruction: Instruction) -> None:
+    def before(instruction: Instruction, _: Any = ()) -> None:
         if instruction.name != "OptimizerStep":
             return
         gradients = {name: p.grad for name, p in engine.state().items() if p.grad is not None}

@@ -138,7 +138,7 @@ class DataParallel(_DeepSpeed):
     def __init__(self, model: nn.Module, config: dict[str, Any]):
         super().__init__(model, config, stages=0)
         self.replica = dist.get_rank()
-        self._before: Before = lambda _: None
+        self._before: Before = lambda *_: None
         self._after: After = lambda: None
 
     def _micro_batch(self) -> int:
@@ -156,7 +156,7 @@ class DataParallel(_DeepSpeed):
                 last = self.deepspeed.is_gradient_accumulation_boundary()  # after it alone do ranks meet
                 if last or name not in ("ReduceGrads", "OptimizerStep"):
                     peers = others() if name == "ReduceGrads" else ()
-                    before(Instruction(name, 0, self._micro_batch(), peers))
+                    before(Instruction(name, 0, self._micro_batch()), peers)
                 result = execute(*args, **kwargs)
                 after()
                 return result
@@ -177,7 +177,7 @@ class DataParallel(_DeepSpeed):
         return (self._load(micro_batches) for _ in itertools.count())
 
     def _load(self, micro_batches: Batches) -> list[torch.Tensor]:
-        self._before(Instruction("LoadMicroBatch", 0, self._micro_batch()))
+        self._before(Instruction("LoadMicroBatch", 0, self._micro_batch()), ())
         found = next(micro_batches)
         self._after()
         return found
@@ -193,7 +193,7 @@ class DataParallel(_DeepSpeed):
         found = []
         for number in range(count):
             images, _ = next(micro_batches)
-            self._before(Instruction("ForwardPass", 0, number))
+            self._before(Instruction("ForwardPass", 0, number), ())
             found.append(self.deepspeed.module(images))
         self.deepspeed.train()
         return found
@@ -255,7 +255,7 @@ class Pipeline(_DeepSpeed):
                 peers = (grid.stage_to_global(neighbour),)
 
             def run(self: Any, **kwargs: int) -> None:
-                before(Instruction(name, stage, done[name] if "buffer_id" in kwargs else None, peers))
+                before(Instruction(name, stage, done[name] if "buffer_id" in kwargs else None), peers)
                 done[name] += 1
                 execute(self, **kwargs)
                 after()
@@ -272,7 +272,7 @@ class Pipeline(_DeepSpeed):
 
         def observed_aggregate() -> torch.Tensor:
             peers = replicas if stage == last else (grid.stage_to_global(last),)
-            before(Instruction("AggregateLoss", stage, None, peers))
+            before(Instruction("AggregateLoss", stage), peers)
             loss = aggregate()
             after()
             return loss

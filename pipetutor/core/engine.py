@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from pipetutor.core.batch import Batch
+from pipetutor.core.observer import Peers
 from pipetutor.schedule.orders import Instruction
 
 __all__ = ["Batches", "Engine", "say"]
 
 Batches = Iterator[list[torch.Tensor]]
-Before = Callable[[Instruction], None]
+Before = Callable[[Instruction, Peers], None]
 After = Callable[[], None]
 
 
@@ -47,7 +48,7 @@ class Engine(Protocol):
         One instruction may be begun from within another, which it ends: ``before`` may be called twice in a row.
 
         Args:
-            before: gets the instruction.
+            before: gets the instruction, and the ranks that it cannot end without.
             after: called once it is executed.
         """
 

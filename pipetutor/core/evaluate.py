@@ -69,7 +69,7 @@ def evaluate(
         wanted = labels[padded][real].to(found.device)
         loss = torch.nn.functional.cross_entropy(found, wanted, reduction="sum")
         sums = torch.stack([(found.argmax(1) == wanted).sum(), torch.tensor(len(wanted)).to(loss), loss]).double()
-    before(Instruction("AggregateLoss", 0, None, others()))
+    before(Instruction("AggregateLoss", 0), others())
     dist.all_reduce(sums)
     correct, images, loss = sums.tolist()
     return {"correct": int(correct), "images": int(images), "accuracy": correct / images, "loss": loss / images}

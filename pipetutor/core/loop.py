@@ -14,7 +14,7 @@ from pipetutor.core import checkpoint, records
 from pipetutor.core.config import dtype_of
 from pipetutor.core.engine import Batches, Engine, others, say
 from pipetutor.core.evaluate import evaluate
-from pipetutor.core.observer import Observer
+from pipetutor.core.observer import Observer, Peers
 from pipetutor.core.plan import Plan
 from pipetutor.data import loader
 from pipetutor.schedule.orders import Instruction
@@ -72,9 +72,9 @@ class Loop:
             )
         return micro_batch
 
-    def _before(self, instruction: Instruction) -> None:
+    def _before(self, instruction: Instruction, peers: Peers = ()) -> None:
         for observer in self.observers:
-            observer.before(instruction)
+            observer.before(instruction, peers)
 
     def _after(self) -> None:
         for observer in self.observers:
@@ -137,7 +137,7 @@ class Loop:
     def _time(self, one_step: Callable[[Batches], torch.Tensor]) -> tuple[float, float]:
         """Train a step, and return its loss and its seconds."""
         if any(observer.starts_together for observer in self.observers):
-            self._before(Instruction("Barrier", 0, None, others()))
+            self._before(Instruction("Barrier", 0), others())
             dist.barrier()
         begin = time.perf_counter()
         for observer in self.observers:

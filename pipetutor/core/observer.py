@@ -1,8 +1,11 @@
 """What may look on while a rank trains: the heartbeat, the recorder of traces, an injected fault. No torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipetutor.schedule.orders import Instruction
+
+Peers = Sequence[int]
 
 __all__ = ["Observer"]
 
@@ -25,8 +28,8 @@ class Observer:
     def begin(self, step: int) -> None:
         """The clock of a step starts."""
 
-    def before(self, instruction: Instruction) -> None:
-        """The engine is about to execute an instruction."""
+    def before(self, instruction: Instruction, peers: Peers = ()) -> None:
+        """The engine is about to execute an instruction, which cannot end without these ranks."""
 
     def after(self) -> None:
         """It has executed it."""

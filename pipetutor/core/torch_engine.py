@@ -80,14 +80,14 @@ class _Watch:
     """Tells an observer, once there is one, that an instruction begins and that it has ended."""
 
     def __init__(self) -> None:
-        self.before: Before = lambda _: None
+        self.before: Before = lambda *_: None
         self.after: After = lambda: None
 
     @contextmanager
     def __call__(
         self, name: str, stage: int, micro_batch: int | None = None, peers: Sequence[int] = ()
     ) -> Iterator[None]:
-        self.before(Instruction(name, stage, micro_batch, tuple(peers)))
+        self.before(Instruction(name, stage, micro_batch), peers)
         yield
         self.after()
 

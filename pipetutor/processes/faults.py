@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from pipetutor.core.observer import Observer
+from pipetutor.core.observer import Observer, Peers
 from pipetutor.schedule.orders import Instruction
 
 __all__ = ["EXAMPLE", "KINDS", "Fault", "Injector"]
@@ -110,12 +110,12 @@ class Injector(Observer):
         """Note where the rank is."""
         self._phase, self._step = phase, step
 
-    def before(self, instruction: Instruction) -> None:
+    def before(self, instruction: Instruction, peers: Peers = ()) -> None:
         """Stall, die or slow down here, if this is the place."""
         self._last = instruction
         if not self._is_mine or self._phase != "training" or self._step < self._fault.step:
             return
-        name, _, micro_batch, _ = instruction
+        name, _, micro_batch = instruction
         if self._fault.kind == "slow" and name in ("ForwardPass", "BackwardPass"):
             time.sleep(self._fault.seconds)
         elif (self._step, name, micro_batch) == (self._fault.step, "ForwardPass", 0):

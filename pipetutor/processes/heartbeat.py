@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipetutor.core.observer import Observer
+from pipetutor.core.observer import Observer, Peers
 from pipetutor.schedule.orders import Instruction
 
 __all__ = ["Beat", "Heartbeat", "culprits", "read"]
@@ -83,12 +83,11 @@ class Heartbeat(Observer):
         self.beat = Beat(self.beat.rank, phase, step, progress=self.beat.progress + 1)
         self._write()
 
-    def before(self, instruction: Instruction) -> None:
+    def before(self, instruction: Instruction, peers: Peers = ()) -> None:
         """Say what the rank is about to execute; an evaluation moves onward with each of its instructions."""
-        name, _, micro_batch, peers = instruction
         was = self.beat
         moved = was.progress + (was.phase == "evaluating")
-        self.beat = Beat(was.rank, was.phase, was.step, name, micro_batch, list(peers), moved)
+        self.beat = Beat(was.rank, was.phase, was.step, instruction.name, instruction.micro_batch, list(peers), moved)
         self._write()
 
     def _write(self) -> None:

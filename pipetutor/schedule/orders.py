@@ -39,13 +39,11 @@ class Instruction(NamedTuple):
         name: DeepSpeed's name; ``BackwardInput`` and ``BackwardWeight`` are the halves of a ``BackwardPass``.
         stage: of the model; with several chunks, rank r of P holds the stages r, r + P, r + 2P, ...
         micro_batch: counted from 0 in each step; None for what concerns the whole step.
-        peers: the ranks that it cannot end without, where an engine has told.
     """
 
     name: str
     stage: int
     micro_batch: int | None = None
-    peers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         number = "" if self.micro_batch is None else f" {self.micro_batch}"

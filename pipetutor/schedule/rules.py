@@ -80,7 +80,7 @@ class Form(NamedTuple):
 def _check_rank(form: Form, rank: int, stream: Sequence[Instruction]) -> None:
     place: dict[Instruction, int] = {}
     for number, instruction in enumerate(stream):
-        name, stage, micro_batch, _ = instruction
+        name, stage, micro_batch = instruction
         if name not in LETTERS and name not in STEP:
             names = ", ".join([*LETTERS, *STEP])
             raise ScheduleError(f"rank {rank}, instruction {number}: unknown instruction {name!r}: use {names}")
@@ -136,7 +136,7 @@ def _slots(form: Form, streams: Sequence[Sequence[Instruction]]) -> Iterator[lis
     needs = {(name, stage): form.needs(name, stage) for stage in range(form.stages) for name in form.work(stage)}
 
     def waits_for(instruction: Instruction) -> list[Instruction]:
-        name, stage, micro_batch, _ = instruction
+        name, stage, micro_batch = instruction
         missing = [Instruction(*other, micro_batch) for other in needs.get((name, stage), ())]
         missing = [other for other in missing if other not in done]
         if name in PARTNERS:

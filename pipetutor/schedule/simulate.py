@@ -132,7 +132,7 @@ class _Program(NamedTuple):
         row = np.dtype((np.int32, 3))
         tables = [np.zeros(0, row)]
         for stream in streams:  # one instruction at a time: kept, millions of them would keep Python's collector busy
-            rows = ((number.setdefault(n, len(number)), s, NONE if m is None else m) for n, s, m, _ in stream)
+            rows = ((number.setdefault(n, len(number)), s, NONE if m is None else m) for n, s, m in stream)
             tables.append(np.fromiter(rows, row))
         lengths = [len(table) for table in tables[1:]]
         rank = np.repeat(np.arange(len(lengths)), lengths)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipetutor.core.observer import Observer
+from pipetutor.core.observer import Observer, Peers
 from pipetutor.core.records import append, to_json
 from pipetutor.schedule.orders import Instruction
 from pipetutor.tracing.chrome import write_chrome
@@ -50,11 +50,11 @@ class Recorder(Observer):
         self._memory = self._clock.memory()
         self._spans, self._begin = [], self._clock.now()
 
-    def before(self, instruction: Instruction) -> None:
+    def before(self, instruction: Instruction, peers: Peers = ()) -> None:
         """Note that an instruction begins; outside of a step nothing is noted."""
         if self._spans is None:
             return
-        name, stage, micro_batch, _ = instruction
+        name, stage, micro_batch = instruction
         now = self._clock.now()
         if self._open:
             self._close(now)

@@ -86,7 +86,7 @@ def rank(name, bounds, schedule, recompute=False):
     net, data, gradients = model(name), micro_batches(), []
     pipe, first = engine_of(net, bounds, schedule, recompute), next(net.parameters())
 
-    def before(instruction):
+    def before(instruction, peers):
         if instruction.name == "OptimizerStep" and not gradients:
             gradients.append(None if first.grad is None else first.grad.clone())
 

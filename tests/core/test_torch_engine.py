@@ -80,7 +80,7 @@ def torch_rank(schedule, bounds, config):
     engine = TorchPipeline(net, schedule, bounds, config, image=IMAGE)
     runs.clear()
     assert torch.equal(torch.get_rng_state(), random)
-    engine.observe(lambda i: note(engine, seen, gradients, i), lambda: seen.append(None))
+    engine.observe(lambda i, peers: note(engine, seen, gradients, i, peers), lambda: seen.append(None))
     is_last = (len(bounds) - 2) % torch.distributed.get_world_size() == torch.distributed.get_rank()
     data = micro_batches() if engine.is_first else labels_alone() if is_last else None
     for _ in range(STEPS):
@@ -89,8 +89,8 @@ def torch_rank(schedule, bounds, config):
     return losses, gradients, state, seen, runs
 
 
-def note(engine, seen, gradients, instruction):
-    seen.append(tuple(instruction))
+def note(engine, seen, gradients, instruction, peers):
+    seen.append((*instruction, tuple(peers)))
     if instruction.name == "OptimizerStep" and not gradients:
         gradients.update(own_gradients(engine))
 

@@ -103,7 +103,7 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path):
     assert read(tmp_path)[0].phase == "starting"
     heart.enter("training", 7)
     before = read(tmp_path)[0]
-    heart.before(Instruction("RecvGrad", 3, 11, (2,)))
+    heart.before(Instruction("RecvGrad", 3, 11), [2])
     (beat,) = read(tmp_path)
     assert (beat.rank, beat.step, beat.instruction, beat.micro_batch, beat.peers) == (3, 7, "RecvGrad", 11, [2])
     assert str(beat) == "RecvGrad of micro-batch 11 in step 7, which needs rank 2"
@@ -125,7 +125,7 @@ def test_a_heartbeat_may_be_of_any_length(tmp_path):
     """A thousand ranks wait in a collective, and then two for each other: nothing of the longer line stays."""
     heart = Heartbeat(tmp_path, 0)
     for peers in ([], list(range(1, 1000)), [1]):
-        heart.before(Instruction("ReduceGrads", 0, None, tuple(peers)))
+        heart.before(Instruction("ReduceGrads", 0), peers)
         (beat,) = read(tmp_path)
         assert (beat.instruction, beat.peers) == ("ReduceGrads", peers)
     assert json.loads((tmp_path / "heartbeat_rank0.json").read_text())["peers"] == [1]
