@@ -70,11 +70,7 @@ class Options:
     """
 
     stages: int = option(
-        2,
-        "whole",
-        "pipeline stages P; 0 trains the data-parallel baseline",
-        "-p",
-        "--pipeline-parallel-size",
+        2, "whole", "pipeline stages P; 0 trains the data-parallel baseline", "-p", "--pipeline-parallel-size"
     )
     replicas: int = option(
         1, "count", "copies of the pipeline, or of the model with stages=0, each on its own share of a batch"
