@@ -1,6 +1,7 @@
 """The measured cut is the best one, and what it needs is measured once."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -275,7 +276,7 @@ def test_launch_measures_before_it_makes_a_run(runs, measured, monkeypatch, caps
         watched.append(processes[0].command)
         return {"code": 0}
 
-    monkeypatch.setitem(launch.__wrapped__.__globals__, "watch", watch)
+    monkeypatch.setitem(inspect.unwrap(launch).__globals__, "watch", watch)
     run = launch(stages=2, replicas=2, partition="profile", dropout=0.5, config=SMALL, runs_dir=runs)
     costs = profile.costs_of("alexnet", 2, 4, 0.5)
     assert measured == [("alexnet", 2, 4, 0.5)]
