@@ -1,6 +1,7 @@
 """The project's own files agree with one another."""
 
 import ast
+import configparser
 import importlib
 import re
 import subprocess
@@ -199,6 +200,13 @@ def test_what_is_taken_from_a_room_is_offered_there(path):
 def test_what_a_module_offers_is_there(path):
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
     assert path.stem == "__init__" or all(hasattr(module, name) for name in module.__all__)
+
+
+def test_the_house_is_small():
+    rules = configparser.ConfigParser()
+    rules.read(ROOT / ".importlinter")
+    floors = [floor.split("|") for floor in rules["importlinter:contract:floors"]["layers"].split("\n") if floor]
+    assert len(floors) <= 7 and sum(map(len, floors)) <= 16
 
 
 @pytest.mark.parametrize("module", ["pipetutor", "pipetutor.preflight", "pipetutor.schedule.orders"])

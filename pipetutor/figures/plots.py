@@ -121,6 +121,13 @@ def stages(run: Run) -> Figure:
     return figure
 
 
+def _milliseconds(costs: LayerCosts) -> tuple[list[float], list[float], list[float]]:
+    """Return what each layer takes: forward, backward and both."""
+    forward = [1e3 * layer.forward for layer in costs.layers]
+    backward = [1e3 * layer.backward for layer in costs.layers]
+    return forward, backward, [f + b for f, b in zip(forward, backward, strict=True)]
+
+
 @in_our_style
 def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
     """Draw how long each layer takes for one micro-batch, forward and backward, and where a cut divides them.
@@ -129,14 +136,12 @@ def layer_costs(costs: LayerCosts, bounds: Sequence[int] = ()) -> Figure:
         costs: from ``pipetutor.costs.table.measure``.
         bounds: partition bounds; without them no cut is drawn.
     """
-    forward = [1e3 * layer.forward for layer in costs.layers]
-    backward = [1e3 * layer.backward for layer in costs.layers]
+    forward, backward, both = _milliseconds(costs)
     count = len(forward)
     figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(count), forward, color="#9BD3F5", edgecolor="white", label="forward")
     axes.bar(range(count), backward, bottom=forward, color=COLOURS[1], edgecolor="white", label="backward")
-    both = [f + b for f, b in zip(forward, backward, strict=True)]
     top = 1.25 * max(both)
     slowest = costs.layers[both.index(max(both))].kind
     words = [f"slowest is {slowest} {both.index(max(both))}, with {brief(max(both))} of {brief(sum(both))} ms"]
@@ -205,9 +210,7 @@ def layers(costs: LayerCosts, border: int) -> Figure:
     count = len(costs.layers)
     parameters = [4e-6 * layer.parameters for layer in costs.layers]
     outputs = [1e-6 * layer.output_bytes for layer in costs.layers]
-    forward = [1e3 * layer.forward for layer in costs.layers]
-    backward = [1e3 * layer.backward for layer in costs.layers]
-    both = [f + b for f, b in zip(forward, backward, strict=True)]
+    forward, backward, both = _milliseconds(costs)
     figure = Picture(figsize=(9.5, 0.9 + 0.24 * count), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
     left.barh(range(count), parameters, color=COLOURS[0], edgecolor="white")
