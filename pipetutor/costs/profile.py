@@ -267,6 +267,6 @@ def cut(plan: Plan, ranks: int) -> tuple[Plan, str]:
         RunFailed: see ``costs_of``.
     """
     options, micro_batches = plan.options, plan.batch.accumulation
-    costs = costs_of(options.model, plan.batch.micro, ranks, options.dropout)
+    costs = costs_of(options.model, plan.batch.micro, ranks, options.dropout, data_dir=options.data_dir)
     bounds = choose(costs, options.stages * options.chunks, micro_batches, recompute=options.recompute)
     return replace(plan, bounds=bounds), table(costs, bounds, micro_batches, recompute=options.recompute)

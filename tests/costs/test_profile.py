@@ -1,7 +1,6 @@
 """The measured cut is the best one, and what it needs is measured once."""
 
 import dataclasses
-import inspect
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_costs import made
 
-from pipetutor import launch
+from pipetutor import launch, launcher
 from pipetutor.core.partition import catalog, fastest
 from pipetutor.costs import profile
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
@@ -205,10 +204,10 @@ def test_costs_are_measured_once_however_many_ask_at_once(cache, measured, capsy
 
 def test_costs_hold_for_what_they_depend_on(cache, monkeypatch, tmp_path):
     for module in profile.MEASURING:  # the code that measures, changed in one place
-        source = Path(profile.__file__).parents[1].joinpath(f"{module}.py").read_text()
-        place = tmp_path / f"{module}.py"
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(source.replace("MICRO_BATCHES = 4, 4", "MICRO_BATCHES = 4, 5"))
+        source = (Path(profile.__file__).parents[1] / f"{module}.py").read_text()
+        copy = tmp_path / f"{module}.py"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(source.replace("MICRO_BATCHES = 4, 4", "MICRO_BATCHES = 4, 5"))
 
     def places():
         given = [("alexnet", 8, 2), ("vgg11", 8, 2), ("alexnet", 4, 2), ("alexnet", 8, 1), ("alexnet", 8, 2, 0)]
@@ -276,7 +275,7 @@ def test_launch_measures_before_it_makes_a_run(runs, measured, monkeypatch, caps
         watched.append(processes[0].command)
         return {"code": 0}
 
-    monkeypatch.setitem(inspect.unwrap(launch).__globals__, "watch", watch)
+    monkeypatch.setattr(launcher, "watch", watch)
     run = launch(stages=2, replicas=2, partition="profile", dropout=0.5, config=SMALL, runs_dir=runs)
     costs = profile.costs_of("alexnet", 2, 4, 0.5)
     assert measured == [("alexnet", 2, 4, 0.5)]
