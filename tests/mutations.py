@@ -100,7 +100,7 @@ CORE = [
         "core/deepspeed_engines.py",
         "if self.batch.replicas > 1:",
         "if self.batch.replicas > 2:",
-        "core/test_evaluate.py",
+        "core/test_evaluate.py::test_replicas_normalise_by_what_a_checkpoint_keeps",
     ),
     Mutation(
         "core/checkpoint.py",
@@ -124,7 +124,7 @@ CORE = [
         "core/loop.py",
         "self.step * self.engine.batch.replicas + self.engine.replica",
         "self.step",
-        "core/test_dropout.py::test_each_replica_draws_masks_of_its_own_and_all_keep_the_same_weights",
+        "core/test_dropout.py::test_replicas_draw_masks_of_their_own_after_a_change_of_topology",
     ),
     Mutation(
         "core/loop.py",
@@ -134,8 +134,8 @@ CORE = [
     ),
     Mutation(
         "core/loop.py",
-        "if len(found[0]) != self._size:",
-        "if not len(found[0]):",
+        "if len(micro_batch[0]) != ",
+        "if len(micro_batch[0]) > ",
         "processes/test_faults.py::test_a_ragged_micro_batch_of_the_baseline_is_refused_as_well",
     ),
     Mutation(
@@ -209,7 +209,7 @@ AROUND = [
         "processes/heartbeat.py",
         "if beat.instruction in COLLECTIVES:",
         "if not beat.instruction:",
-        "processes/test_faults.py::test_who_waits_in_one_collective_waits_for_who_is_missing",
+        "processes/test_faults.py::test_a_collective_that_all_have_come_to_is_no_circle",
     ),
     Mutation(
         "processes/supervise.py",

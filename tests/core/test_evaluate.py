@@ -67,11 +67,23 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
     assert abs(trained.evaluations[-1]["correct"] - correct) <= unsure < SIZE / 4
 
 
-def test_evaluation_does_not_disturb_training(runs):
+@pytest.mark.parametrize("stages", [0, 2])
+def test_replicas_normalise_by_what_a_checkpoint_keeps(runs, stages):
+    """Each has seen images of its own; evaluated are the running statistics of the first."""
+    arguments = ["-s", 2, "--model", "tiny_norm", "--dropout", 0, "--eval-every", 2]
+    common = dict(config=SMALL, patch=few_test_images)
+    two = train(runs / "two", *arguments, "--save-every", 2, stages=stages, replicas=2, **common)
+    alone = train(runs / "alone", *arguments, "--resume", runs / "two", **common)
+    (found,), (expected,) = two.evaluations, alone.evaluations
+    torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(expected["loss"]))
+
+
+@pytest.mark.parametrize("stages", [0, 2])
+def test_evaluation_does_not_disturb_training(runs, stages):
     """Dropout is on: evaluating must neither draw its random numbers nor leave the model in another mode."""
-    plain = train(runs / "plain", "-s", 3, "--model", "tiny", stages=2, config=SMALL, patch=few_test_images)
+    plain = train(runs / "plain", "-s", 3, "--model", "tiny", stages=stages, config=SMALL, patch=few_test_images)
     often = ["-s", 3, "--model", "tiny", "--eval-every", 1]
-    watched = train(runs / "watched", *often, stages=2, config=SMALL, patch=few_test_images)
+    watched = train(runs / "watched", *often, stages=stages, config=SMALL, patch=few_test_images)
     assert watched.losses == plain.losses and len(watched.evaluations) == 3
 
 

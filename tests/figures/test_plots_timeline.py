@@ -32,6 +32,17 @@ def test_every_pass_is_a_box_with_its_number():
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_what_waits_is_drawn_behind_its_waiting():
+    """A gradient that comes late: a thin bar until it is made, then the box of its transfer."""
+    costs = Costs([1.0, 1.0], [1.0, 1.0], [1.0, 1.0], message_bytes=[1.0], latency=0.5)
+    timeline = simulate([list(deepspeed_1f1b(2, 2, stage)) for stage in range(2)], costs)
+    axes = plots_timeline.timelines({"": timeline}, unit="units of time").axes[0]
+    boxes = {(bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2)) for bar in axes.patches}
+    waited = timeline.spans[(timeline.spans["waiting"] > 0) & (timeline.spans["kind"] == CODE["RecvGrad"])]
+    transfers = zip(waited["begin"] + waited["waiting"], [0.5] * len(waited), waited["rank"], strict=True)
+    assert len(waited) and {*transfers} <= boxes
+
+
 def test_a_slow_step_is_written_out():
     slow = simulate(build("1f1b", 2, 4), Costs.equal(2, 0.75))
     figure = plots_timeline.timelines({"theory": slow})

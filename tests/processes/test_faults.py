@@ -79,6 +79,12 @@ def test_who_waits_in_one_collective_waits_for_who_is_missing():
     assert [ranks_of(found) for found in culprits(replicas)] == [[2]]
 
 
+def test_a_collective_that_all_have_come_to_is_no_circle():
+    """It takes its time, and nobody waits for anybody."""
+    both = [Beat(rank, "training", 3, "ReduceGrads", None, [1 - rank]) for rank in (0, 1)]
+    assert [ranks_of(found) for found in culprits(both)] == [[0], [1]]
+
+
 def test_who_is_a_step_behind_is_waited_for():
     behind = [Beat(0, "training", 4, "RecvGrad", 0, [1]), Beat(1, "saving", 3)]
     assert [ranks_of(found) for found in culprits(behind)] == [[1]]

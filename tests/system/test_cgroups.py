@@ -50,6 +50,7 @@ def test_nothing_limits_a_machine_without_groups(fake):
 def test_the_least_limit_of_nested_groups_counts(fake):
     files = {
         "cgroup/cpu.stat": "usage_usec 1",
+        "cgroup/cpu.max": "900000 100000",
         "cgroup/jobs/cpu.max": "200000 100000",
         "cgroup/jobs/17/cpu.max": "max 100000",
         "cgroup/jobs/memory.max": 8 * GIGABYTE,
