@@ -1,5 +1,6 @@
 """Real runs: what they compute, how they fail, and that nothing of them stays."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -48,8 +49,9 @@ def wait_for_a_step(runs: Path, kernel: subprocess.Popen) -> None:
 def ranks_of(runs: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in processes_of(runs.parent):
-        if "pipetutor.train" in process.cmdline() and "RANK" in process.environ():
-            found[int(process.environ()["RANK"])] = process
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "pipetutor.train" in process.cmdline() and "RANK" in process.environ():
+                found[int(process.environ()["RANK"])] = process
     return found
 
 

@@ -481,7 +481,7 @@ def test_the_map_is_made_between_its_marks():
     made = course.with_map(page, "notebooks/")
     assert made.startswith("# Title") and made.endswith("More.") and "outdated" not in made
     assert "(notebooks/00_first_pipeline.ipynb)" in made and course.with_map(made, "notebooks/") == made
-    with pytest.raises(ValueError, match="the place of the map is marked by"):
+    with pytest.raises(ValueError, match="a place is marked by"):
         course.with_map("# Title", "")
 
 
