@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.contest import SEED
 from pipetutor.core import records
+from pipetutor.core.engine import own_device
 from pipetutor.core.layers import build, join_layers
 from pipetutor.core.torch_engine import build_optimizer
 from pipetutor.data import loader
@@ -59,17 +60,13 @@ class Task:
         return self.train_batch // self.micro_batch
 
 
-def _device() -> torch.device:
-    return torch.device(deepspeed.get_accelerator().current_device_name())
-
-
 def _trainset() -> Any:
     return loader.load("synthetic", True, dist.get_rank(), DATA_DIR)
 
 
 def _batches(task: Task, dataset: Dataset[Any]) -> Iterator[list[torch.Tensor]]:
-    found = loader.micro_batches(dataset, task.micro_batch, 1, 0, SEED, _device())
-    return ([part.to(_device()) for part in batch] for batch in found)
+    found = loader.micro_batches(dataset, task.micro_batch, 1, 0, SEED, own_device())
+    return ([part.to(own_device()) for part in batch] for batch in found)
 
 
 class InOrder(Dataset[Any]):
@@ -133,8 +130,8 @@ def torch_1f1b(task: Task) -> Step:
     layers = join_layers(build("alexnet", dropout=0))[bounds[rank] : bounds[rank + 1]]
     if rank and isinstance(layers[0], nn.ReLU):
         layers[0].inplace = False  # what was received gets a gradient
-    module = nn.Sequential(*layers).to(_device())
-    stage = PipelineStage(module, rank, last + 1, _device())
+    module = nn.Sequential(*layers).to(own_device())
+    stage = PipelineStage(module, rank, last + 1, own_device())
     schedule = Schedule1F1B(stage, task.micro_batches, loss_fn=nn.functional.cross_entropy)
     optimizer = build_optimizer(task.config, list(module.parameters()))
     batches = _batches(task, loader.Labels(_trainset()) if rank else _trainset())
@@ -148,7 +145,7 @@ def torch_1f1b(task: Task) -> Step:
         schedule.step(arg_mbs=images, target_mbs=labels, losses=losses, return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
-        loss = torch.stack(losses).detach().mean() if rank == last else torch.zeros((), device=_device())
+        loss = torch.stack(losses).detach().mean() if rank == last else torch.zeros((), device=own_device())
         dist.broadcast(loss, last)
         return loss
 
@@ -158,12 +155,12 @@ def torch_1f1b(task: Task) -> Step:
 def plain(task: Task) -> Step:
     """Return the step of one process without any pipeline; started several times, none knows of the others."""
     torch.manual_seed(SEED)
-    model = build("alexnet", dropout=0).to(_device())
+    model = build("alexnet", dropout=0).to(own_device())
     optimizer = build_optimizer(task.config, list(model.parameters()))
     batches = _batches(task, _trainset())
 
     def step() -> torch.Tensor:
-        total = torch.zeros((), device=_device())
+        total = torch.zeros((), device=own_device())
         for images, labels in itertools.islice(batches, task.micro_batches):
             loss = nn.functional.cross_entropy(model(images), labels)
             (loss / task.micro_batches).backward()
@@ -238,7 +235,7 @@ def run(rival: str, directory: Path, steps: int, cut: str) -> None:
             dist.barrier()  # each step runs while the others run theirs
         begin = time.perf_counter()
         loss = float(step())
-        seconds = torch.tensor(time.perf_counter() - begin, device=_device())
+        seconds = torch.tensor(time.perf_counter() - begin, device=own_device())
         if rival == "limit":
             dist.all_reduce(seconds)
             seconds /= dist.get_world_size()

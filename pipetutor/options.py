@@ -19,10 +19,19 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from pipetutor.data.fetch import DATA_DIR, SHARED_DIR
 from pipetutor.schedule.orders import SCHEDULES
-from pipetutor.system.command import Parser
 from pipetutor.system.kinds import KINDS, Kind, check, closest
 
-__all__ = ["DATASET_SIZES", "DTYPES", "ENGINES", "METHODS", "PROFILE", "Options", "parser", "table", "takes_options"]
+__all__ = [
+    "DATASET_SIZES",
+    "DTYPES",
+    "ENGINES",
+    "METHODS",
+    "PROFILE",
+    "Options",
+    "add_options",
+    "table",
+    "takes_options",
+]
 
 DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")
@@ -214,17 +223,17 @@ class Options:
             check(one.name, getattr(self, one.name), one.metadata["kind"])
 
     @classmethod
-    def typed(cls, args: argparse.Namespace, ranks: int) -> "Options":
+    def from_command_line(cls, args: argparse.Namespace, ranks: int) -> "Options":
         """Return what a command line says.
 
         Args:
-            args: from ``parser``.
+            args: of a parser that has been through ``add_options``.
             ranks: of the job, which the command line of a rank does not say.
 
         Raises:
             ValueError: see ``Options``.
         """
-        given = {one.name: getattr(args, _dest(one)) for one in _with_flags(cls)}
+        given = {one.name: getattr(args, _dest(one)) for one in _with_flags()}
         check("stages", given["stages"], "whole")
         return cls(**given, replicas=max(1, ranks // max(1, given["stages"])))
 
@@ -239,7 +248,7 @@ class Options:
         Those that have a letter are said in any case.
         """
         found: list[str] = []
-        for one in _with_flags(type(self)):
+        for one in _with_flags():
             flags, value = one.metadata["flags"], getattr(self, one.name)
             if value != one.metadata["typed"] or len(flags) > 1:
                 found += [flags[0]] if value is True else [flags[0], str(value)]
@@ -253,7 +262,7 @@ class Options:
 
     def common(self) -> dict[str, Any]:
         """Return those that must be the same on every rank, by the names that they have on the command line."""
-        return {_dest(one): getattr(self, one.name) for one in _with_flags(type(self)) if one.metadata["common"]}
+        return {_dest(one): getattr(self, one.name) for one in _with_flags() if one.metadata["common"]}
 
     def on_this_host(self, mine: "Options") -> "Options":
         """Return these options, with those that a rank's own command says of its host."""
@@ -261,8 +270,8 @@ class Options:
         return dataclasses.replace(self, **own)
 
 
-def _with_flags(options: type[Options]) -> Iterator[Field[Any]]:
-    return (one for one in dataclasses.fields(options) if one.metadata["flags"])
+def _with_flags() -> Iterator[Field[Any]]:
+    return (one for one in dataclasses.fields(Options) if one.metadata["flags"])
 
 
 def _dest(one: Field[Any]) -> str:
@@ -274,27 +283,26 @@ def _reader(hint: Any) -> Any:
     return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
 
-def parser(options: type[Options] = Options) -> Parser:
-    """Return the parser of ``pipetutor.train``."""
-    made = Parser(
-        prog="pipetutor.train",
-        description="train AlexNet, or another model of torchvision, in a pipeline",
-        conflict_handler="resolve",  # DeepSpeed adds its own --deepspeed_config
-    )
-    hints = get_type_hints(options)
-    for one in _with_flags(options):
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of all options to a parser, and return it."""
+    hints = get_type_hints(Options)
+    for one in _with_flags():
         default = one.metadata["typed"]
         about: dict[str, Any] = {"default": default, "help": _purpose(one, default).replace("%", "%%")}
         if hints[one.name] is bool:
             about["action"] = "store_true"
         else:
             about |= {"type": _reader(hints[one.name]), "metavar": one.name.upper()}
-        made.add_argument(*one.metadata["flags"], **about)
-    return made
+        parser.add_argument(*one.metadata["flags"], **about)
+    return parser
+
+
+def _is_nothing(default: Any) -> bool:
+    return default is None or default is False
 
 
 def _purpose(one: Field[Any], default: Any) -> str:
-    return one.metadata["purpose"] + ("" if default in (None, False, -1) else f" (default {default})")
+    return one.metadata["purpose"] + ("" if _is_nothing(default) else f" (default {default})")
 
 
 def takes_options(function: Callable[[Options], T]) -> Callable[..., T]:
@@ -335,15 +343,15 @@ def takes_options(function: Callable[[Options], T]) -> Callable[..., T]:
     return call
 
 
-def table(options: type[Options] = Options) -> str:
+def table() -> str:
     """Return the options as a markdown table."""
     rows = ["| `launch` | flag | default | what it is for |", "|---|---|---|---|"]
-    for one in dataclasses.fields(options):
+    for one in dataclasses.fields(Options):
         about = one.metadata
         name = f"`{one.name}`" if about["launched"] else ""
         flags = ", ".join(f"`{flag}`" for flag in about["flags"])
         default = SHARED_DIR if one.default == DATA_DIR else one.default  # whoever writes the table
-        shown = f"`{default}`" if about["launched"] and default not in (None, False) else ""
+        shown = "" if _is_nothing(default) else f"`{default}`"
         typed = f"; flag: `{about['typed']}`" if about["typed"] != one.default else ""
         rows.append(f"| {name} | {flags} | {shown}{typed} | {about['purpose']} |")
     return "\n".join(rows)

@@ -15,7 +15,8 @@ from jupyter_client.manager import start_new_kernel
 import course
 import pipetutor
 from pipetutor import launch
-from pipetutor.options import POSITIONAL, Options, parser
+from pipetutor.options import POSITIONAL, Options
+from pipetutor.train import get_args
 
 FIELD = """    made_up: int = option(7, "count", "how often the moon is looked at", "--made-up")
     deadline: float"""
@@ -39,7 +40,7 @@ def one_more(tmp_path):
 
 
 def test_one_field_more_is_an_option_of_the_parser_of_launch_of_the_command_and_of_the_record(one_more, runs):
-    said = one_more("from pipetutor.options import parser; parser().print_help()")
+    said = one_more("from pipetutor.train import get_args; get_args(['--help'])")
     assert "--made-up MADE_UP" in said and "how often the moon is looked at (default 7)" in " ".join(said.split())
     assert "made_up: int = 7" in one_more("import inspect; print(inspect.signature(launch))")
     assert "made_up: how often the moon is looked at." in one_more("print(launch.__doc__)")
@@ -92,8 +93,8 @@ def test_an_unknown_option_is_named_with_the_one_that_is_meant():
 )
 def test_a_command_says_what_differs_from_the_defaults_and_is_read_back(options, words):
     assert " ".join(options.words()) == words
-    read = Options.typed(parser().parse_args(options.words()), ranks=2)
-    assert Options.typed(parser().parse_args(read.words()), 2) == read
+    read = Options.from_command_line(get_args(options.words()), ranks=2)
+    assert Options.from_command_line(get_args(read.words()), 2) == read
     assert read.replicas == (1 if options.stages else 2)
     assert (read.stages, read.steps, read.seed, read.dropout) == (
         options.stages,

@@ -4,7 +4,9 @@ import itertools
 import json
 
 import pytest
-from conftest import FAST_SGD, SMALL_SGD, TWICE_AS_FAST, RankFailed, equal_but_for_rounding, train
+from conftest import FAST_SGD, SMALL_SGD, TWICE_AS_FAST, RankFailed, equal_but_for_rounding, run, train
+
+from pipetutor.core.config import read_config
 
 QUIET = ["-s", 3, "--dropout", 0, "--model", "tiny"]
 
@@ -142,3 +144,38 @@ def test_images_one_by_one_train_the_same(runs):
         train(runs / how, *same, "--transforms", how, stages=2, config=SMALL_SGD) for how in ("batched", "pil")
     )
     assert pil.losses == batched.losses
+
+
+def of_ones_own(line, part):
+    """What a script does that has no main: the reference's, without its process group."""
+    import tiny
+
+    from pipetutor.train import get_args, train_pipe
+
+    tiny.enter()
+    engine = train_pipe(get_args(line.split()), *part)
+    return engine.module.parts if hasattr(engine, "module") else sorted(engine.state())
+
+
+@pytest.mark.parametrize(
+    "line, part, cut",
+    [
+        ("", [], [0, 3, 14]),
+        ("--partition 0,7,14", [], [0, 7, 14]),
+        ("--partition 0,7,14", ["uniform"], [0, 7, 14]),
+        ("", ["0,5,14"], [0, 5, 14]),
+    ],
+)
+def test_a_script_of_ones_own_trains_with_the_cut_that_it_asks_for(line, part, cut, runs):
+    runs.mkdir()
+    common = f"-p 2 -s 1 --model tiny --backend gloo --deepspeed_config {runs / 'ds.json'}"
+    (runs / "ds.json").write_text(json.dumps(read_config(SMALL_SGD)))
+    assert run(runs, 2, of_ones_own, f"{common} {line}", part) == [cut, cut]
+
+
+def test_a_script_of_ones_own_plays_other_schedules(runs):
+    runs.mkdir()
+    (runs / "ds.json").write_text(json.dumps(read_config(SMALL_SGD)))
+    line = f"-p 2 -s 1 --model tiny --engine torch --schedule gpipe --deepspeed_config {runs / 'ds.json'}"
+    first, last = run(runs, 2, of_ones_own, line, [])
+    assert first and last and not {*first} & {*last}

@@ -1,7 +1,8 @@
-"""What the loop, evaluation, checkpoints, traces and the certificate need of an engine, and nothing else.
+"""What the loop, evaluation, checkpoints, traces and the certificate need of an engine.
 
 Three classes have it: ``DataParallel`` and ``Pipeline`` of ``core.deepspeed_engines``, and ``TorchPipeline`` of
-``core.torch_engine``. A micro-batch is a list of two tensors, images and labels.
+``core.torch_engine``. How a step is trained, the loop is told beside it: a pipeline's ``train_batch``, or what
+``train_base`` writes out. A micro-batch is a list of two tensors, images and labels.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,12 +10,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from pipetutor.core.batch import Batch
 from pipetutor.core.observer import Peers
 from pipetutor.schedule.orders import Instruction
 
-__all__ = ["Batches", "Engine", "say"]
+__all__ = ["Batches", "Engine", "own_device", "say"]
 
 Batches = Iterator[list[torch.Tensor]]
 Before = Callable[[Instruction, Peers], None]
@@ -80,6 +82,11 @@ def say(line: str) -> None:
     """Print on the job's first rank alone."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(line, flush=True)
+
+
+def own_device() -> torch.device:
+    """Return the device of this rank."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def others() -> tuple[int, ...]:

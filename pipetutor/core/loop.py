@@ -1,4 +1,4 @@
-"""What both modes do around a step: data, record, evaluation, checkpoints, and what observers are told."""
+"""What stands around a step, whoever trains it: data, record, evaluation, checkpoints, and a word to observers."""
 
 import json
 import math
@@ -35,8 +35,7 @@ class Loop:
 
     def __init__(self, plan: Plan, engine: Engine, observers: Sequence[Observer]):
         self.plan, self.options, self.engine, self.observers = plan, plan.options, engine, observers
-        for observer in observers:
-            observer.built(engine)
+        self._tell("built", engine)
         engine.observe(self._before, self._after)
         options = self.options
         self.trainset = self._data(train=True)
@@ -72,17 +71,18 @@ class Loop:
             )
         return micro_batch
 
-    def _before(self, instruction: Instruction, peers: Peers = ()) -> None:
+    def _tell(self, what: str, *about: Any) -> None:
         for observer in self.observers:
-            observer.before(instruction, peers)
+            getattr(observer, what)(*about)
+
+    def _before(self, instruction: Instruction, peers: Peers) -> None:
+        self._tell("before", instruction, peers)
 
     def _after(self) -> None:
-        for observer in self.observers:
-            observer.after()
+        self._tell("after")
 
     def _enter(self, phase: str) -> None:
-        for observer in self.observers:
-            observer.enter(phase, self.step)
+        self._tell("enter", phase, self.step)
 
     def _draw_own_numbers(self) -> None:
         """Let each replica drop activations of its own: equal masks would make fewer samples of as many images.
@@ -94,12 +94,12 @@ class Loop:
 
     def _resume(self, path: Any) -> None:
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-        lost = checkpoint.restore(self.engine, path, manifest, self.topology)
+        other = checkpoint.restore(self.engine, path, manifest, self.topology)
         self.step, self.start = manifest["step"], loader.Position(*manifest["position"])
         say(f"resumed after step {self.step}, from {path}")
-        if lost:
+        if other:
             self._draw_own_numbers()
-            say(f"{lost}: dropout draws other random numbers than it would have")
+            say(f"{other}: dropout draws other random numbers than it would have")
 
     def run(self, one_step: Callable[[Batches], torch.Tensor]) -> None:
         """Train to the last step.
@@ -113,14 +113,14 @@ class Loop:
             records.keep_until(directory, self.step)
             checkpoint.keep_until(directory, self.step)
         writer = records.StepWriter(directory, self.engine.batch.train)
-        evaluated, lost = -1, False
+        evaluated, learns = -1, True
         while self.step < last:
             self.step += 1
             self._enter("training")
             loss, seconds = self._time(one_step)
             writer.write(self.step, loss, seconds)
-            if not math.isfinite(loss) and not lost:
-                lost = True
+            if learns and not math.isfinite(loss):
+                learns = False
                 say(records.lost(self.step))
             if self.step % 10 == 0 or self.step == last:
                 say(f"step: {self.step:3d} / {last:3d} loss: {loss:.6f}")
@@ -130,8 +130,7 @@ class Loop:
                 evaluated = self._evaluate()
         if options.eval_every and evaluated != self.step:
             self._evaluate()
-        for observer in self.observers:
-            observer.trained()
+        self._tell("trained")
         self._enter("finished")
 
     def _time(self, one_step: Callable[[Batches], torch.Tensor]) -> tuple[float, float]:
@@ -140,11 +139,9 @@ class Loop:
             self._before(Instruction("Barrier", 0), others())
             dist.barrier()
         begin = time.perf_counter()
-        for observer in self.observers:
-            observer.begin(self.step)
+        self._tell("begin", self.step)
         loss = float(one_step(self.micro_batches))
-        for observer in self.observers:
-            observer.end(self.step)
+        self._tell("end", self.step)
         return loss, time.perf_counter() - begin
 
     def _evaluate(self) -> int:

@@ -7,7 +7,7 @@ from pipetutor.schedule.orders import Instruction
 
 Peers = Sequence[int]
 
-__all__ = ["Observer"]
+__all__ = ["Observer", "Peers"]
 
 
 class Observer:

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,8 +23,8 @@ from torch.distributed.pipelining import schedules as runtime
 
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
-from pipetutor.core.deepspeed_engines import engine_config
-from pipetutor.core.engine import After, Batches, Before, others
+from pipetutor.core.deepspeed_engines import optimizer_config
+from pipetutor.core.engine import After, Batches, Before, others, own_device
 from pipetutor.core.layers import join_layers, layer_names
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import Instruction, build
@@ -51,7 +50,7 @@ def build_optimizer(config: dict[str, Any], parameters: Sequence[nn.Parameter]) 
     Raises:
         ValueError: it is not torch's Adam, AdamW or SGD.
     """
-    optimizer = engine_config(config, stages=1)["optimizer"]
+    optimizer = optimizer_config(config)
     kind, params = optimizer["type"].lower(), dict(optimizer.get("params", {}))
     if kind == "sgd":
         return torch.optim.SGD(parameters, **params)
@@ -114,9 +113,9 @@ class _Source:
 class _Stage(PipelineStage):
     """A stage that reads its micro-batches when it comes to them, and whose computations can be observed."""
 
-    def __init__(self, source: _Source, watch: _Watch, micro_batches: int, *args: Any):
+    def __init__(self, source: _Source, watch: _Watch, micro_batches: int, loss_fn: nn.Module, *args: Any):
         super().__init__(*args)
-        self._source, self._watch, self._micro_batches = source, watch, micro_batches
+        self._source, self._watch, self._micro_batches, self._loss_fn = source, watch, micro_batches, loss_fn
 
     def forward_one_chunk(
         self,
@@ -134,7 +133,7 @@ class _Stage(PipelineStage):
             output = super().forward_one_chunk(number, args, kwargs, save_forward_output)
             if labels is None:
                 return output
-            return nn.functional.cross_entropy(output, labels) / self._micro_batches
+            return self._loss_fn(output, labels) / self._micro_batches
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
@@ -174,6 +173,7 @@ class TorchPipeline:
         config: a whole DeepSpeed config; Adam, AdamW or SGD.
         recompute: keep only what enters a stage, and compute the rest once more in the backward pass.
         image: channels, height and width.
+        loss_fn: takes what the last layer gives, and labels; by default the cross-entropy.
 
     Raises:
         ValueError: the optimizer, stages and ranks, or schedule and ``recompute`` do not fit.
@@ -194,6 +194,7 @@ class TorchPipeline:
         config: dict[str, Any],
         recompute: bool = False,
         image: Sequence[int] = IMAGE,
+        loss_fn: nn.Module | None = None,
     ):
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._last = len(bounds) - 2
@@ -202,7 +203,7 @@ class TorchPipeline:
         if recompute and schedule == "zero_bubble":
             raise ValueError("zero_bubble cannot recompute: each weight would do it anew; use 1f1b")
         self.is_first = self._rank == 0
-        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        self.device = own_device()
         self.batch = batch_arithmetic(config, replicas=1)
         self._watch = _Watch()
         self._source = _Source(self._watch, self.device, shared=self._ranks == 1)
@@ -221,7 +222,8 @@ class TorchPipeline:
                 layers[held][0].inplace = False  # type: ignore[assignment]
             module = StageLayers(layers[held], recompute)
             about = (module, stage, self._last + 1, self.device, passed[stage], passed[stage + 1])
-            self._stages[stage] = _Stage(self._source, self._watch, self.batch.accumulation, *about)
+            told = (self._source, self._watch, self.batch.accumulation, loss_fn or nn.CrossEntropyLoss())
+            self._stages[stage] = _Stage(*told, *about)
         parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]
         self.optimizer = build_optimizer(config, parameters)
         self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}

@@ -85,7 +85,7 @@ def main() -> None:
             _begin_record(directory, plan)
         end_when_asked(directory if rank == 0 else None)
         if options.stages:
-            train_pipe(args, ",".join(map(str, plan.bounds)))
+            train_pipe(args)
         else:
             train_base(args)
         if directory and rank == 0:

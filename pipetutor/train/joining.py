@@ -38,11 +38,17 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Check the arguments against this job and this host; see ``preflight``."""
     ranks, here = int(os.environ.get("WORLD_SIZE", "1")), _local_ranks()
     check("--master_port", int(os.environ.get("MASTER_PORT", "29500")), whole(1, 65535, 29501))
-    plan = preflight(Options.typed(args, ranks), World(ranks, here, gpus(here)))
+    plan = preflight(Options.from_command_line(args, ranks), World(ranks, here, gpus(here)))
     # The files of a host are those of all its ranks: its first rank looks.
     if plan.options.weights and os.environ.get("LOCAL_RANK", "0") == "0":
         check_weights(plan.options.model, plan.options.weights)
     return plan
+
+
+def with_bounds(plan: Plan) -> tuple[Plan, str]:
+    """Return the plan with the bounds that were left to measured costs, and the table that says why these."""
+    measured = plan.options.stages and plan.options.partition == PROFILE
+    return profile.cut(plan, _local_ranks()) if measured else (plan, "")
 
 
 def what_must_agree(plan: Plan) -> dict[str, Any]:
@@ -132,6 +138,4 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, str]:
         raise ValueError(f"{flag} needs a place to write to: give --run-dir, too")
     if options.local_rank == 0:
         fetch.prepare(options.dataset, options.data_dir)
-    if options.stages and options.partition == PROFILE and os.environ["RANK"] == "0":
-        return profile.cut(plan, _local_ranks())
-    return plan, ""
+    return with_bounds(plan) if os.environ["RANK"] == "0" else (plan, "")  # the first rank's bounds are everybody's

@@ -13,16 +13,18 @@ import torch.distributed as dist
 from torch import nn
 
 from pipetutor.core.deepspeed_engines import DataParallel, Pipeline
-from pipetutor.core.engine import Batches
+from pipetutor.core.engine import Batches, own_device
 from pipetutor.core.layers import build
 from pipetutor.core.loop import Loop
 from pipetutor.core.observer import Observer
+from pipetutor.core.partition import bounds_for, catalog
 from pipetutor.core.plan import Plan
-from pipetutor.options import Options, parser
+from pipetutor.options import Options, add_options
 from pipetutor.processes.faults import Fault, Injector
 from pipetutor.processes.heartbeat import Heartbeat
+from pipetutor.system.command import Parser
 from pipetutor.tracing.record import Recorder
-from pipetutor.train.joining import make_plan
+from pipetutor.train.joining import make_plan, with_bounds
 from pipetutor.weights import load_weights
 
 __all__ = ["get_args", "train_base", "train_pipe"]
@@ -37,12 +39,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: a flag is unknown, or its value has the wrong type.
     """
-    return deepspeed.add_config_arguments(parser()).parse_args(argv)
+    about = "train AlexNet, or another model of torchvision, in a pipeline"
+    made = Parser(
+        prog="pipetutor.train", description=about, conflict_handler="resolve"
+    )  # --deepspeed_config is both's
+    return add_options(deepspeed.add_config_arguments(made)).parse_args(argv)
 
 
 def _agreed(args: argparse.Namespace) -> Plan:
     """Return the plan that all ranks have agreed on; a script of one's own that has no ``main`` makes it here."""
-    return getattr(args, "plan", None) or make_plan(args)
+    return getattr(args, "plan", None) or with_bounds(make_plan(args))[0]
 
 
 def _model(options: Options) -> nn.Module:
@@ -57,7 +63,7 @@ def _observers(options: Options) -> list[Observer]:
     rank, directory = dist.get_rank(), options.directory
     found: list[Observer] = [Heartbeat(directory, rank)]
     if options.trace and directory:
-        found.append(Recorder(directory, rank, torch.device(deepspeed.get_accelerator().current_device_name())))
+        found.append(Recorder(directory, rank, own_device()))
     if options.fault:
         found.append(Injector(Fault.parse(options.fault), rank))
     return found
@@ -102,22 +108,27 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
 
     Args:
         args: from ``get_args``.
-        part: where to cut: a method of DeepSpeed, or bounds such as ``0,16,22``.
+        part: where to cut, as in ``--partition``, which the default leaves it to.
 
     Returns:
         The DeepSpeed pipeline engine, trained for ``args.steps`` train batches; torch's with ``--engine torch``.
     """
     plan = _agreed(args)
+    options, bounds = plan.options, plan.bounds
+    if part != "parameters":
+        bounds = bounds_for(catalog()[options.model], options.stages * options.chunks, part)
     deepspeed.runtime.utils.set_random_seed(args.seed)
-    observers, options = _observers(plan.options), plan.options
+    observers, criterion = _observers(options), nn.CrossEntropyLoss()
     if options.engine == "torch":
         from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
 
-        bounds = [int(bound) for bound in part.split(",")]
-        engine = TorchPipeline(_model(options), options.schedule, bounds, plan.config, options.recompute)
+        engine = TorchPipeline(
+            _model(options), options.schedule, bounds, plan.config, options.recompute, loss_fn=criterion
+        )
         Loop(plan, engine, observers).run(engine.train_batch)
         return engine
-    # Without a name here, which would keep the layers of all stages.
-    pipe = Pipeline(_model(options), options.stages, part, plan.config, options.recompute)
+    cut = ",".join(map(str, bounds))
+    # The model has no name here, which would keep the layers of all stages.
+    pipe = Pipeline(_model(options), options.stages, cut, plan.config, options.recompute, loss_fn=criterion)
     Loop(plan, pipe, observers).run(pipe.train_batch)
     return pipe.deepspeed
