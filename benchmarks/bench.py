@@ -21,8 +21,8 @@ from pipetutor.costs import profile
 from pipetutor.data import fetch
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.entry import command
 from pipetutor.processes.job import run_job
-from pipetutor.processes.watch import command
 from pipetutor.system import machine
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, list_of, named, whole

@@ -15,9 +15,10 @@ from pipetutor.data import fetch
 from pipetutor.options import PROFILE, Options, takes_options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.diagnosis import diagnose
+from pipetutor.processes.entry import briefly
 from pipetutor.processes.environment import free_port, rank_environment
 from pipetutor.processes.supervise import Process
-from pipetutor.processes.watch import RunFailed, briefly, watch
+from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import disk, machine
 from pipetutor.system.gpus import gpus
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from pipetutor.data.fetch import DATA_DIR, SHARED_DIR
 from pipetutor.schedule.orders import SCHEDULES
-from pipetutor.system.kinds import KINDS, Kind, check, closest
+from pipetutor.system.kinds import KINDS, Kind, check
 
 __all__ = [
     "DATASET_SIZES",
@@ -327,14 +327,7 @@ def takes_options(function: Callable[[Options], T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def call(*given: Any, **named: Any) -> T:
-        try:
-            asked = signature.bind(*given, **named).arguments
-        except TypeError as error:
-            unknown = next((name for name in named if name not in taken), "")
-            close = closest(unknown, list(taken), 0.5) if unknown else ""
-            hint = f"; did you mean {close!r}?" if close else ""
-            raise TypeError(f"{function.__name__}() {error}{hint}") from None
-        return function(Options(**asked))
+        return function(Options(**signature.bind(*given, **named).arguments))
 
     lines = (f"{name}: {one.metadata['purpose']}." for name, one in taken.items())
     wrapped = (textwrap.fill(line, WIDTH, initial_indent=8 * " ", subsequent_indent=12 * " ") for line in lines)

@@ -13,7 +13,7 @@ from torch import nn
 from pipetutor.core import checkpoint
 from pipetutor.core.checkpoint import CheckpointError
 from pipetutor.core.layers import build
-from pipetutor.processes.watch import command
+from pipetutor.processes.entry import command
 from pipetutor.system import disk
 from pipetutor.system.kinds import check
 

@@ -1,7 +1,6 @@
 """Real runs: what they compute, how they fail, and that nothing of them stays."""
 
 import contextlib
-import inspect
 import json
 import os
 import shutil
@@ -17,10 +16,8 @@ import pytest
 from conftest import HANGS, SMALL, SMALL_SGD, RankFailed, in_ranks, processes_of, train, wait_until
 
 from pipetutor import Run, RunFailed, launch
-from pipetutor.certify.certificate import certify
 from pipetutor.core import records
 from pipetutor.core.records import STEPS, read_lines
-from pipetutor.costs.measuring import measure
 from pipetutor.processes.environment import free_port
 
 
@@ -418,17 +415,6 @@ def test_a_kernel_that_is_itself_a_rank_of_something_launches_as_any_other(runs,
         monkeypatch.setenv(name, value)
     run = launch(stages=2, steps=1, model="mobilenet_v3_small", config=SMALL, runs_dir=runs)
     assert len(run.losses) == 1
-
-
-@pytest.mark.parametrize("function", [launch, measure, certify])
-def test_ipython_shows_a_learners_cell_and_the_words_alone(function):
-    """It leaves out frames that have __tracebackhide__; below it stand none."""
-    with pytest.raises(ValueError, match="runs_dir is 7, but must be a path") as caught:
-        function(runs_dir=7)
-    mine, hidden = caught.traceback
-    assert mine.name == "test_ipython_shows_a_learners_cell_and_the_words_alone"
-    assert hidden.frame.f_locals["__tracebackhide__"] and caught.value.__suppress_context__
-    assert list(inspect.signature(function).parameters)[-1] in ("runs_dir", "data_dir")
 
 
 def test_a_failed_run_raises_in_the_cell_that_launched_it(runs, monkeypatch):

@@ -17,9 +17,9 @@ from typing import Any
 
 from pipetutor.core import records
 from pipetutor.data import fetch
+from pipetutor.processes.entry import briefly, command
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
-from pipetutor.processes.watch import briefly, command
 from pipetutor.system import machine
 from pipetutor.system.kinds import check, list_of, named, whole
 from pipetutor.system.network import check_network

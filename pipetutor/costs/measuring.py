@@ -8,9 +8,9 @@ from pipetutor.core.partition import catalog
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch
 from pipetutor.options import DATASET_SIZES
+from pipetutor.processes.entry import briefly, command
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
-from pipetutor.processes.watch import briefly, command
 from pipetutor.system import machine
 from pipetutor.system.kinds import check, whole
 from pipetutor.system.network import check_network

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -15,21 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from pipetutor.core import records
 from pipetutor.processes.supervise import Process
 from pipetutor.system import machine
-from pipetutor.system.command import call
 
-__all__ = ["RunFailed", "briefly", "command", "watch"]
+__all__ = ["RunFailed", "watch"]
 
 SUPERVISOR = "from pipetutor.processes.supervise import main; main()"
 SUPERVISOR_SECONDS = 10
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class RunFailed(RuntimeError):
@@ -42,20 +38,6 @@ class RunFailed(RuntimeError):
     def __init__(self, message: str, directory: Path | None = None):
         super().__init__(message)
         self.directory = directory
-
-
-def briefly(function: Callable[P, T]) -> Callable[P, T]:
-    """Have IPython show a learner's cell and the words alone, where a function refuses, fails or is interrupted."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        __tracebackhide__ = True  # IPython leaves this frame out, and there are no others
-        try:
-            return function(*args, **kwargs)
-        except (ValueError, RunFailed, KeyboardInterrupt) as error:
-            raise error.with_traceback(None) from None
-
-    return call
 
 
 def watch(
@@ -147,21 +129,6 @@ def _ended(status: int | None, said: bytes) -> str:
         return f": it did not end within {SUPERVISOR_SECONDS} s"
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
     return f" ({how}), and its ranks with it {said.decode(errors='replace')[-1000:].strip()}".rstrip()
-
-
-def command(function: Callable[..., T], program: str) -> T:
-    """Call a function with what the command line says, and return what it does.
-
-    The program ends with one line, and status 2 for bad input, 1 for a failed run, and 130 when interrupted.
-    """
-    try:
-        return call(function, program)
-    except (ValueError, RunFailed) as error:
-        print(f"pipetutor: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt as error:
-        print(f"pipetutor: {error or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
 
 
 @contextlib.contextmanager
