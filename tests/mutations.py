@@ -2,7 +2,7 @@
 
 A mutation replaces one piece of text. The tests that are named with it run in a copy of the tree, first as it is,
 when they must pass, and then with the mistake in it, when one of them must fail. The status is 1 if a mistake goes
-unnoticed, or if its text is not in the package any more.
+unnoticed, or if its text is not in the package any more, which ``make test`` tells as well.
 """
 
 import os
@@ -328,11 +328,24 @@ def status(tests: str, mutation: Mutation | None = None) -> int:
         return done.returncode
 
 
+def misfit(mutation: Mutation) -> str:
+    """Say why a mistake cannot be tried, if so: its text must stand in its file once, and its tests must be there."""
+    file = ROOT / "pipetutor" / mutation.file
+    times = file.read_text().count(mutation.old) if file.exists() else 0
+    if times != 1:
+        return f"its text is there {times} times"
+    for test in mutation.tests.split():
+        path, _, name = test.partition("::")
+        known = ROOT / "tests" / path
+        if not known.exists() or (f"def {name}(" if name else "") not in known.read_text():
+            return f"there is no {test}"
+    return ""
+
+
 def verdict(mutation: Mutation) -> str:
     """Say what became of a mistake."""
-    file = ROOT / "pipetutor" / mutation.file
-    if not file.exists() or mutation.old not in file.read_text():
-        return "ERROR: its text is not there"
+    if why := misfit(mutation):
+        return f"ERROR: {why}"
     found = status(mutation.tests, mutation)
     return {0: "LIVES ON", 1: "caught"}.get(found, f"ERROR: pytest ended with status {found}")
 
