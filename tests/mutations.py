@@ -275,7 +275,7 @@ AROUND = [
         "launcher.py",
         "run_dir=_short(again)",
         "run_dir=_short(directory)",
-        "test_launcher.py::test_the_printed_command_does_the_same_work_alone",
+        "test_launcher.py::test_a_run_is_recorded_and_the_printed_command_does_the_same_work_alone",
     ),
     Mutation(
         "train/trainers.py",
@@ -293,7 +293,7 @@ AROUND = [
         "options.py",
         "if value != one.metadata",
         "if value == one.metadata",
-        "test_launcher.py::test_the_printed_command_does_the_same_work_alone",
+        "test_launcher.py::test_a_run_is_recorded_and_the_printed_command_does_the_same_work_alone",
     ),
     Mutation(
         "weights.py",
@@ -317,7 +317,7 @@ def status(tests: str, mutation: Mutation | None = None) -> int:
             file = place / "pipetutor" / mutation.file
             file.write_text(file.read_text().replace(mutation.old, mutation.new, 1))
         command = [sys.executable, "-m", "pytest", "-q", "-x"]
-        command += [f"--timeout={SECONDS}"] if mutation else []
+        command += [f"--timeout={SECONDS}"] if mutation else ["-n", str(AT_ONCE), "--dist", "worksteal"]
         command += [f"--basetemp={directory}/runs", *(f"tests/{test}" for test in tests.split())]
         environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{place / 'tools'}"}
         with open(place / "said", "w+") as said:
