@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -41,6 +43,7 @@ def equal_but_for_rounding(found: list[float], wanted: list[float], mistaken: li
 for _name, _value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}.items():
     os.environ.setdefault(_name, _value)
 os.environ["JUPYTER_PATH"] = str(Path(__file__).parents[1] / "tools" / "jupyter")  # whose kernel is this Python
+_ALONE = Path(tempfile.gettempdir(), f"pipetutor-{os.getuid()}-{zlib.crc32(os.fsencode(Path(__file__).parent)):x}")
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["pipetutor.train", "pipetutor.core.torch_engine", "pipetutor.certify.proof", "tiny"])
 
@@ -55,8 +58,7 @@ def pytest_configure(config):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     """Run a test that is marked ``alone`` while no other worker runs one: a door, and a room behind it."""
-    place = item.config.cache.mkdir("alone")
-    with open(place / "door", "w") as door, open(place / "room", "w") as room:
+    with open(f"{_ALONE}.door", "a") as door, open(f"{_ALONE}.room", "a") as room:
         fcntl.flock(door, fcntl.LOCK_EX)  # kept until the room is free: nobody enters before one who waits
         fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)

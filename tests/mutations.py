@@ -2,7 +2,7 @@
 
 A mutation replaces one piece of text. The tests that are named with it run in a copy of the tree, first as it is,
 when they must pass, and then with the mistake in it, when one of them must fail. The status is 1 if a mistake goes
-unnoticed, or if its text is not in the package any more.
+unnoticed, or if its text is not in the package any more, which ``make test`` tells as well.
 """
 
 import os
@@ -275,7 +275,7 @@ AROUND = [
         "launcher.py",
         "run_dir=_short(again)",
         "run_dir=_short(directory)",
-        "test_launcher.py::test_the_printed_command_does_the_same_work_alone",
+        "test_launcher.py::test_a_run_is_recorded_and_the_printed_command_does_the_same_work_alone",
     ),
     Mutation(
         "train/trainers.py",
@@ -293,7 +293,7 @@ AROUND = [
         "options.py",
         "if value != one.metadata",
         "if value == one.metadata",
-        "test_launcher.py::test_the_printed_command_does_the_same_work_alone",
+        "test_launcher.py::test_a_run_is_recorded_and_the_printed_command_does_the_same_work_alone",
     ),
     Mutation(
         "weights.py",
@@ -317,7 +317,7 @@ def status(tests: str, mutation: Mutation | None = None) -> int:
             file = place / "pipetutor" / mutation.file
             file.write_text(file.read_text().replace(mutation.old, mutation.new, 1))
         command = [sys.executable, "-m", "pytest", "-q", "-x"]
-        command += [f"--timeout={SECONDS}"] if mutation else []
+        command += [f"--timeout={SECONDS}"] if mutation else ["-n", str(AT_ONCE), "--dist", "worksteal"]
         command += [f"--basetemp={directory}/runs", *(f"tests/{test}" for test in tests.split())]
         environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{place / 'tools'}"}
         with open(place / "said", "w+") as said:
@@ -328,11 +328,24 @@ def status(tests: str, mutation: Mutation | None = None) -> int:
         return done.returncode
 
 
+def misfit(mutation: Mutation) -> str:
+    """Say why a mistake cannot be tried, if so: its text must stand in its file once, and its tests must be there."""
+    file = ROOT / "pipetutor" / mutation.file
+    times = file.read_text().count(mutation.old) if file.exists() else 0
+    if times != 1:
+        return f"its text is there {times} times"
+    for test in mutation.tests.split():
+        path, _, name = test.partition("::")
+        known = ROOT / "tests" / path
+        if not known.exists() or (f"def {name}(" if name else "") not in known.read_text():
+            return f"there is no {test}"
+    return ""
+
+
 def verdict(mutation: Mutation) -> str:
     """Say what became of a mistake."""
-    file = ROOT / "pipetutor" / mutation.file
-    if not file.exists() or mutation.old not in file.read_text():
-        return "ERROR: its text is not there"
+    if why := misfit(mutation):
+        return f"ERROR: {why}"
     found = status(mutation.tests, mutation)
     return {0: "LIVES ON", 1: "caught"}.get(found, f"ERROR: pytest ended with status {found}")
 

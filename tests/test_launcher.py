@@ -56,15 +56,11 @@ HEARTBEATS = ["heartbeat_rank0.json", "heartbeat_rank1.json"]
 LONG = "launch(stages=2, steps=10_000, model='mobilenet_v3_small', config=SMALL, runs_dir=RUNS)"
 
 
-def test_a_run_is_recorded_and_can_be_read_again(runs):
-    (runs.parent / "a path with spaces").mkdir()
-    run = launch(
-        steps=2,
-        model="mobilenet_v3_small",
-        partition="uniform",
-        config=SMALL,
-        runs_dir=runs.parent / "a path with spaces",
-    )
+def test_a_run_is_recorded_and_the_printed_command_does_the_same_work_alone(runs, capsys):
+    place = runs.parent / "a path with spaces"
+    place.mkdir()
+    how = dict(model="mobilenet_v3_small", partition="uniform", dropout=0.0, config=SMALL)
+    run = launch(steps=2, **how, runs_dir=place)
     again = Run.load(run.directory)
     assert again == run and run.samples_per_second > 0 and len(run.seconds) == 2
     assert run.details["result"]["loss"] == run.losses[-1] and run.details["config"]["train_batch_size"] == 4
@@ -75,10 +71,6 @@ def test_a_run_is_recorded_and_can_be_read_again(runs):
     assert "'a path with spaces" in run.command
     with pytest.raises(ValueError, match="holds no run"):
         Run.load(runs)
-
-
-def test_the_printed_command_does_the_same_work_alone(runs, capsys):
-    run = launch(steps=2, model="mobilenet_v3_small", dropout=0.0, config=SMALL, runs_dir=runs)
     assert run.command in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")}
     said = subprocess.run(run.command, shell=True, check=True, timeout=HANGS, capture_output=True, text=True).stdout
@@ -369,7 +361,7 @@ def test_a_run_directory_whose_run_came_to_nothing_can_be_given_again(runs):
 def test_the_references_command_lines_work(runs, stages):
     """`deepspeed train.py --deepspeed_config=ds_config.json -p 2 --steps=200`, here for one step of a small batch."""
     config = {
-        "train_batch_size": 32,
+        "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 8,
         "optimizer": {"type": "Adam", "params": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}},
         "steps_per_print": 10,
@@ -380,7 +372,7 @@ def test_the_references_command_lines_work(runs, stages):
     done = deepspeed(*arguments, cwd=runs.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     run = Run.load(runs.parent / "recorded")
-    assert run.train_batch == 32 and run.status == "finished" and run.stages == stages
+    assert run.train_batch == 16 and run.status == "finished" and run.stages == stages
     assert 2.2 < run.losses[0] < 2.4
     assert "--deepspeed_config=ds_config.json" in run.command
 

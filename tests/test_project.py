@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import mutations
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
@@ -200,6 +201,10 @@ def test_what_is_taken_from_a_room_is_offered_there(path):
 def test_what_a_module_offers_is_there(path):
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
     assert path.stem == "__init__" or all(hasattr(module, name) for name in module.__all__)
+
+
+def test_each_mistake_of_the_mutations_can_be_tried():
+    assert not [f"{one.file}: {one.old}: {why}" for one in mutations.MUTATIONS if (why := mutations.misfit(one))]
 
 
 def test_the_house_is_small():

@@ -125,7 +125,7 @@ def test_costs_are_kept_where_the_user_can_write(place, home):
     [
         "pipetutor.costs --micro-batch 1 --ranks 1 --model mobilenet_v3_small",
         "pipetutor.certify --models vgg --stages 1",
-        "benchmarks --rivals load --train-batch 16 --steps 4 --repetitions 1",
+        "benchmarks --rivals load --train-batch 4 --micro-batch 2 --steps 3 --repetitions 1",
     ],
     ids=lambda command: command.split()[0],
 )

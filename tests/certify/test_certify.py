@@ -105,19 +105,19 @@ def test_the_models_begin_the_same_and_have_no_dropout():
 
 def test_the_pipeline_is_right_and_the_controls_are_not(runs):
     """From a cell; AlexNet and all of the topologies are in the default set, which `make prove` runs."""
-    certificate = certify(["vgg"], stages=[1, 3, 4], micro_batches=[1, 4], replicas=[1, 2], runs_dir=runs)
+    certificate = certify(["vgg"], stages=[1, 3], micro_batches=[1, 4], replicas=[1, 2], runs_dir=runs)
     assert certificate.passed, str(certificate)
-    assert [row["equal"] for row in certificate.rows] == [True] * 12 + [False] * 3
-    for row in certificate.rows[:12]:
+    assert [row["equal"] for row in certificate.rows] == [True] * 8 + [False] * 3
+    for row in certificate.rows[:8]:
         assert row["initial"]["absolute"] == 0.0, "the initial weights depend on the number of stages"
         assert max(row[part]["relative"] for part in ("gradient", "final", "loss")) <= TOLERANCE
         if row["micro_batches"] == 1:
             assert row["gradient"]["absolute"] == 0.0, "one micro-batch a replica: nothing is added in another order"
-    by_topology = {(row["micro_batches"], row["replicas"]): row["gradient"] for row in certificate.rows[:12]}
-    for row in certificate.rows[:12]:
+    by_topology = {(row["micro_batches"], row["replicas"]): row["gradient"] for row in certificate.rows[:8]}
+    for row in certificate.rows[:8]:
         same = by_topology[row["micro_batches"], row["replicas"]]
         assert row["gradient"] == same, "the number of stages changes no bit of a gradient"
-    reasons = {row["control"]: row["reason"] for row in certificate.rows[12:]}
+    reasons = {row["control"]: row["reason"] for row in certificate.rows[8:]}
     assert reasons == {
         "summed": "gradients of stage 0, 1 are 4 times what they should be",
         "scaled": "gradients of stage 0 are 0.25 times what they should be",
@@ -126,7 +126,7 @@ def test_the_pipeline_is_right_and_the_controls_are_not(runs):
     assert set(reasons) == set(CONTROLS)
     assert json.loads((certificate.directory / "certificate.json").read_text())["passed"] is True
     said = str(certificate)
-    assert "PASSED: 12 of 12 pipelines equal one process, 3 of 3 controls were found out" in said
+    assert "PASSED: 8 of 8 pipelines equal one process, 3 of 3 controls were found out" in said
     assert not processes_of(runs.parent)
 
 
