@@ -20,7 +20,7 @@ from pipetutor.processes.faults import Fault
 from pipetutor.schedule.orders import idle_share
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
-from pipetutor.system.kinds import check
+from pipetutor.system.kinds import check, counted
 from pipetutor.system.network import check_network
 
 __all__ = ["World", "preflight"]
@@ -29,6 +29,7 @@ SLOW = (
     "this processor has no instructions for numbers of 16 bits, and a step can take two to twenty times as long as "
     "in fp32; dtype='fp32' (--dtype fp32) is the way round"
 )
+DEEPSPEED = "engine='deepspeed' (--engine deepspeed)"
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,15 @@ def preflight(options: Options, world: World) -> Plan:
 def _bounds(options: Options, layers: Sequence[Layer], ranks: int) -> list[int]:
     """Return the cut, or none where there is nothing to cut, or it is to be measured."""
     stages, chunks, partition = options.stages, options.chunks, options.partition
+    if not stages and (options.schedule != "1f1b" or chunks > 1):
+        raise ValueError(
+            "stages is 0, and the baseline has no schedule and no chunks: leave them out (schedule, chunks), or use "
+            "1 stage or more"
+        )
     if chunks > 1 and options.schedule != "interleaved_1f1b":
         raise ValueError(
             f"chunks is {chunks}, but {options.schedule} gives each rank one stage: schedule='interleaved_1f1b' "
-            "takes more"
+            "(--schedule interleaved_1f1b) takes more"
         )
     if not stages:
         if partition != "parameters":
@@ -116,7 +122,7 @@ def _other_numbers(ranks: int, stages: int) -> str:
     more = " or ".join(map(str, [*less, stages * (ranks // stages + 1)]))
     fitting = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
     return (
-        f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {stages} stages: start {more} ranks "
+        f"{counted(ranks, 'rank')} cannot be divided into {counted(stages, 'stage')}: start {more} ranks "
         f"(deepspeed --num_gpus N), or use another number of stages (-p): {fitting}"
     )
 
@@ -171,15 +177,16 @@ def _backend(options: Options, config: dict[str, Any], world: World) -> tuple[st
     served = gpus.count >= ranks
     if options.backend == "nccl" and not served:
         raise ValueError(
-            f"nccl needs one GPU for each of the {ranks} ranks, and this machine has {gpus.count}{why}: "
-            + (f"use at most {gpus.count} ranks, or " if gpus.count else "")
+            f"nccl needs one GPU for each of {counted(ranks, 'rank')}, and this machine has {gpus.count}{why}: "
+            + (f"use at most {counted(gpus.count, 'rank')}, or " if gpus.count else "")
             + "leave the backend out (or --backend gloo) to run on the CPU"
         )
     backend = options.backend or ("nccl" if served else "gloo")
     check_network(backend)
     if half == "fp16" and backend == "gloo":
         raise ValueError(
-            "fp16 needs a GPU for each rank, and this run is on the CPU: use fp32 (dtype='fp32') or bf16"
+            "fp16 needs a GPU for each rank, and this run is on the CPU: use fp32 (dtype='fp32', --dtype fp32) or "
+            "bf16"
         )
     if options.partition == PROFILE and backend == "nccl":
         raise ValueError(
@@ -190,7 +197,8 @@ def _backend(options: Options, config: dict[str, Any], world: World) -> tuple[st
         raise ValueError(f"partition 'profile' measures fp32, and the config enables {half}: give up one of them")
     if options.backend is None and not served and (gpus.count or gpus.why):
         return backend, [
-            f"{gpus.count} GPU(s){why} cannot serve {ranks} ranks, nccl wants one each: running on the CPU with gloo"
+            f"{counted(gpus.count, 'GPU')}{why} cannot serve {counted(ranks, 'rank')}, nccl wants one each: "
+            "running on the CPU with gloo"
         ]
     return backend, []
 
@@ -256,15 +264,15 @@ def _check_engine(options: Options, batch: Batch, config: dict[str, Any]) -> Non
 def _check_torch_runs(options: Options, batch: Batch, config: dict[str, Any]) -> None:
     if not options.stages:
         raise ValueError(
-            "engine 'torch' runs pipelines: give it at least 1 stage, or engine='deepspeed' for the baseline"
+            f"engine 'torch' runs pipelines: give it at least 1 stage (-p 1), or {DEEPSPEED} for the baseline"
         )
     if batch.replicas > 1:
-        raise ValueError(f"engine 'torch' runs 1 replica, not {batch.replicas}: engine='deepspeed' runs more")
+        raise ValueError(f"engine 'torch' runs 1 replica, not {batch.replicas}: {DEEPSPEED} runs more")
     known = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
     asked = [name for name in ("eval_every", "save_every", "resume") if getattr(options, name) is not None]
     for name in (*config, *asked):
         if name not in known:
-            raise ValueError(f"engine 'torch' does not know {name}: leave it out, or use engine='deepspeed'")
+            raise ValueError(f"engine 'torch' does not know {name}: leave it out, or use {DEEPSPEED}")
     kind, params = config["optimizer"]["type"], config["optimizer"].get("params", {})
     if kind not in ("Adam", "AdamW", "SGD") or not params.get("torch_adam", True):
         raise ValueError(f"engine 'torch' trains with torch's Adam, AdamW or SGD, not with {kind!r} and {params}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipetutor.schedule.orders import FORMULAS, idle_share
-from pipetutor.system.kinds import check
+from pipetutor.system.kinds import check, counted
 
 __all__ = ["Batch", "batch_arithmetic", "explain"]
 
@@ -27,8 +27,8 @@ class Batch:
 
     def __str__(self) -> str:
         return (
-            f"train batch {self.train} = micro-batch {self.micro} x {self.accumulation} micro-batches "
-            f"x {self.replicas} replica{'s' if self.replicas > 1 else ''}"
+            f"train batch {self.train} = micro-batch {self.micro} x {counted(self.accumulation, 'micro-batch')} "
+            f"x {counted(self.replicas, 'replica')}"
         )
 
 
@@ -56,9 +56,10 @@ def batch_arithmetic(config: dict[str, Any], replicas: int) -> Batch:
         accumulation = 1 if train is None else max(1, round(train / (micro * replicas)))
     nearest = Batch(micro * accumulation * replicas, micro, accumulation, replicas)
     if train not in (None, nearest.train):
+        cut = counted(given[2], "micro-batch") if given[2] else "a whole number of micro-batches"
         raise ValueError(
-            f"train batch {train} is not micro-batch {micro} x {given[2] or 'a whole number of'} micro-batches x "
-            f"{replicas} replicas; the nearest that works: {nearest}"
+            f"train batch {train} is not micro-batch {micro} x {cut} x {counted(replicas, 'replica')}; the nearest "
+            f"that works: {nearest}"
         )
     return nearest
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipetutor.options import METHODS, PROFILE
+from pipetutor.system.kinds import counted
 
 __all__ = ["Layer", "bounds_for", "catalog", "check_stages", "fastest"]
 
@@ -163,8 +164,8 @@ def _explicit(partition: str, count: int, stages: int) -> list[int]:
     example = ",".join(map(str, uniform(count, stages)))
     if len(bounds) != stages + 1:
         raise ValueError(
-            f"partition {partition}: {stages} stages need {stages + 1} bounds, not {len(bounds)}, "
-            f"for example {example}"
+            f"partition {partition}: {counted(stages, 'stage')} need{'s' * (stages == 1)} {stages + 1} bounds, not "
+            f"{len(bounds)}, for example {example}"
         )
     rises = all(low < high for low, high in itertools.pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] != count or not rises:
@@ -227,7 +228,7 @@ def bounds_for(layers: Sequence[Layer], stages: int, partition: str) -> list[int
                 f"layers with weights are {kinds}"
             )
         bounds = balanced(found, stages)
-    elif re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", partition):
+    elif re.fullmatch(r" *-?\d{1,9} *(, *-?\d{1,9} *)*", partition):
         bounds = _explicit(partition, len(layers), stages)
     elif partition == PROFILE:
         raise ValueError(

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.system import disk
+from pipetutor.system.kinds import counted
 
 __all__ = [
     "STEPS",
@@ -150,7 +151,7 @@ def held(directory: Path) -> str:
         status = "unknown, for run.json is damaged"
     found = []
     if steps := len(_undamaged(directory / STEPS)):
-        found.append(f"{steps} step{'s' if steps > 1 else ''}")
+        found.append(f"{counted(steps, 'step')}")
     if saved := sorted(path.name for path in directory.glob("checkpoints/step-*")):
         found.append(f"checkpoint {saved[-1]}")
     if not found and status in ("starting", "failed", "interrupted"):

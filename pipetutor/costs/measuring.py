@@ -12,7 +12,7 @@ from pipetutor.processes.entry import briefly, command
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
 from pipetutor.system import machine
-from pipetutor.system.kinds import check, whole
+from pipetutor.system.kinds import check, counted, whole
 from pipetutor.system.network import check_network
 
 __all__ = ["measure"]
@@ -62,8 +62,8 @@ def measure(
     free = machine.memory().free
     if ranks * needed > free:
         raise ValueError(
-            f"{ranks} ranks that each hold all of {model} take {ranks * needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} are free: use {max(1, free // needed)} ranks or a smaller model"
+            f"all of {model} on each of {counted(ranks, 'rank')} takes {ranks * needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} are free: use {counted(max(1, free // needed), 'rank')} or a smaller model"
         )
     fetch.prepare("synthetic", data_dir)
     directory = records.create(Path(runs_dir), "costs")

@@ -60,11 +60,13 @@ def require(ranks: int, micro_batches: int, rank: int) -> None:
 
 def _require_chunks(ranks: int, micro_batches: int, chunks: int) -> None:
     if chunks < 2:
-        raise ValueError(f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2, or 1f1b for one")
+        raise ValueError(
+            f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2 (--chunks 2), or 1f1b for one"
+        )
     if micro_batches % ranks:
         raise ValueError(
-            f"{micro_batches} micro-batches are not a multiple of {ranks} ranks, which interleaving needs: "
-            f"use {(micro_batches // ranks + 1) * ranks} micro-batches"
+            f"{micro_batches} micro-batch{'es are' if micro_batches > 1 else ' is'} not a multiple of {ranks} ranks, "
+            f"which interleaving needs: use {(micro_batches // ranks + 1) * ranks} micro-batches"
         )
 
 
@@ -337,7 +339,8 @@ def idle_share(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -
         return ranks - 1, chunks * micro_batches + ranks - 1
     if micro_batches < ranks:
         raise ValueError(
-            f"zero_bubble has no closed form for {micro_batches} micro-batches on {ranks} ranks: use {ranks} or more"
+            f"zero_bubble has no closed form for {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} on "
+            f"{ranks} ranks: use {ranks} or more"
         )
     return ranks - 1, 3 * micro_batches + ranks - 1
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "Kind", "check", "check_keys", "closest", "list_of", "named", "shown", "whole"]
+__all__ = ["KINDS", "Kind", "check", "check_keys", "closest", "counted", "list_of", "named", "shown", "whole"]
 
 LARGEST = 10**15  # numbers are below it: what is made of them stays a number in 32 bits
 # A path or a name with one of these would break a line, a command or a file's name.
@@ -100,6 +100,15 @@ def shown(value: Any) -> str:
     except Exception:  # of a number with more digits than Python writes, or of an object that cannot be shown
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "rank"), counted(2, "micro-batch")
+    ('1 rank', '2 micro-batches')
+    """
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("ch") else "s")
 
 
 def closest(value: Any, known: list[str], cutoff: float) -> str:

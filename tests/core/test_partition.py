@@ -23,7 +23,7 @@ def test_every_method():
     alexnet = catalog()["alexnet"]
     assert bounds_for(alexnet, 2, "parameters") == [0, 19, 22]
     assert bounds_for(alexnet, 2, "uniform") == [0, 11, 22]
-    assert bounds_for(alexnet, 2, "0,16,22") == [0, 16, 22]
+    assert bounds_for(alexnet, 2, "0,16,22") == bounds_for(alexnet, 2, " 0, 16 ,22") == [0, 16, 22]
     assert bounds_for(alexnet, 2, "type:conv|linear") == bounds_for(alexnet, 2, "type:CONV|LINEAR")
     assert bounds_for(alexnet, 1, "parameters") == [0, 22]
     with pytest.raises(ValueError, match=r"'profile' needs measured costs: pipetutor\.costs\.profile\.choose"):

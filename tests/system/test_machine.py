@@ -185,7 +185,7 @@ def test_gpus_that_cannot_be_used_are_explained(driver_is, torch_is, monkeypatch
         launch(backend="nccl")
     assert f"2 ranks, and this machine has 0 to use ({why}): leave the backend out" in str(refusal.value)
     plan = preflight(Options(config=SMALL), World(2, 2, gpus(2)))
-    assert plan.backend == "gloo" and f"0 GPU(s) to use ({why}) cannot serve 2 ranks" in plan.notice
+    assert plan.backend == "gloo" and f"0 GPUs to use ({why}) cannot serve 2 ranks" in plan.notice
     for backend, devices in ((None, Gpus(0)), ("gloo", gpus(2))):
         assert not preflight(Options(config=SMALL, backend=backend), World(2, 2, devices)).notice
 
