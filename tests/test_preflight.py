@@ -267,8 +267,8 @@ WRONG = [
     # A terminal.
     (typed, "--steps many", ["--steps", "'many'", "--help"]),
     (typed, "-p two", ["-p", "'two'"]),
-    (typed, "--stepz 5", ["--stepz"]),
-    (typed, "--step 5", ["unrecognized arguments: --step"]),
+    (typed, "--stepz=5", ["--stepz=5; did you mean --steps?"]),
+    (typed, "--step 5", ["unrecognized arguments: --step 5; did you mean --steps?"]),
     (typed, "--run-dir ''", ["run_dir is ''", "a path"]),
     (typed, "--weights nowhere.pt", ["weights nowhere.pt: No such file"]),
     (typed, "--weights ''", ["weights is ''", "a path"]),

@@ -39,7 +39,7 @@ def measure(
         model: ``alexnet`` or any model of ``pipetutor.core.partition.catalog()``.
         micro_batch: images in a micro-batch.
         ranks: processes that measure at once: the ranks that the pipeline will have.
-        dropout: probability for every dropout layer; None keeps the model's own, 0 turns dropout off.
+        dropout: probability for every dropout layer; by default the model's own, and 0 turns dropout off.
         data_dir: where the data is or will be.
         runs_dir: where the directory with ``costs.json`` is made.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from pipetutor.system.kinds import closest
+
 __all__ = ["Parser", "call"]
 
 T = TypeVar("T")
@@ -17,6 +19,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **about: Any):
         super().__init__(allow_abbrev=False, **about)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read a command line; an unknown flag is refused with the one that is most like it."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            named = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+            close = next((closest(name, flags, 0.5) for name in named), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close}?" if close else ""))
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line."""

@@ -85,7 +85,8 @@ def test_the_help_of_a_command_is_its_functions(monkeypatch, capsys):
     [
         ("", "the following arguments are required: place"),
         ("here --numbers 1,x", "--numbers: '1,x' must be whole numbers and commas: 1,2, say"),
-        ("here --number 1", "unrecognized arguments: --number 1"),
+        ("here --number 1", "unrecognized arguments: --number 1; did you mean --numbers? (--help lists every flag)"),
+        ("here there", "unrecognized arguments: there (--help"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(line, words, monkeypatch):
