@@ -4,16 +4,17 @@
         run.json         command, topology, config, bounds, layers, versions, status
         steps.jsonl      one line a step: step, loss, seconds, images_per_second
         evaluations.jsonl    one line an evaluation: step, correct, images, accuracy, loss
-        config.json      the DeepSpeed config of the run
+        config.json      the DeepSpeed config, of a run of launch alone
         failure_rank1.json   written by a rank that raised: when, what, where
-        logs/            what each rank printed, one file a rank
+        logs/            what each rank printed, one file a rank; of a run of launch alone
         checkpoints/     what was saved; see pipetutor.core.checkpoint
         heartbeat_rank0.json, stack_rank0.txt    see pipetutor.processes.heartbeat
+        trace_rank0.jsonl, trace.json            of a traced run; see pipetutor.tracing
 
-The ranks and the supervisor write it; the launcher, the figures and the tests read it. Every file but the
-two that grow (steps, logs) appears whole or not at all. A directory belongs to one run: another one is refused it,
-unless it goes on from a checkpoint in it. JSON has no word for NaN and infinity: they are written as null, and a loss
-that is null is read as NaN. Standard library only.
+The ranks and the supervisor write it; the launcher, the figures and the tests read it. What is JSON of one object,
+run.json say, appears whole or not at all; lines (steps, evaluations, traces) and logs grow. A directory belongs to
+one run: another one is refused it, unless it goes on from a checkpoint in it. JSON has no word for NaN and infinity:
+they are written as null, and a loss that is null is read as NaN. Standard library only.
 """
 
 import contextlib
