@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any
 from pipetutor.core.records import write_json
 from pipetutor.options import Options
 from pipetutor.system import disk
+from pipetutor.system.kinds import shown
 
 __all__ = [
-    "MANIFEST",
     "CheckpointError",
     "check_fits",
     "find",
     "identity",
     "load_tensors",
+    "read_manifest",
     "stored_tensors",
     "verify",
 ]
@@ -85,6 +86,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, as it stands there; ``verify`` has looked at it before."""
+    return json.loads((checkpoint / MANIFEST).read_text())
+
+
 def verify(path: str | Path) -> dict[str, Any]:
     """Read what a checkpoint says of itself, having compared every file of it with its sum.
 
@@ -102,13 +108,15 @@ def verify(path: str | Path) -> dict[str, Any]:
     try:
         if others := [other for other in _all(path.parent) if other != path]:
             advice = f"; resume from {others[-1]} instead"
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest(path)
+        problem = ""
+        if missing := {"step", "position", "stages", "replicas", "files"} - manifest.keys():
+            problem = f"it has no {min(missing)}"
+        elif not isinstance(manifest["step"], int):
+            problem = f"its step is {shown(manifest['step'])}"
+        if problem:
+            raise CheckpointError(f"{path / MANIFEST} is damaged ({problem}){advice}")
         files = dict(manifest["files"])
-        missing = {"step", "position", "stages", "replicas", "files"} - manifest.keys()
-        if missing:
-            raise KeyError(min(missing))
-        if not isinstance(manifest["step"], int):
-            raise TypeError("step")
         present = {name for name in os.listdir(path) if name.endswith(".safetensors")}
         if surplus := present - files.keys():
             raise CheckpointError(
@@ -123,14 +131,14 @@ def verify(path: str | Path) -> dict[str, Any]:
         raise
     except PermissionError as error:
         raise CheckpointError(disk.cannot(f"read checkpoint {path}", error) + advice) from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}){advice}") from None
     return manifest
 
 
 def identity(options: Options, config: dict[str, Any]) -> dict[str, Any]:
     """Return what a run that resumes must have in common with the one that saved."""
-    optimizer = config.get("optimizer", {}).get("type", "").lower()
+    optimizer = config["optimizer"]["type"]
     return {"model": options.model, "dataset": options.dataset, "seed": options.seed, "optimizer": optimizer}
 
 

@@ -1,6 +1,5 @@
 """What stands around a step, whoever trains it: data, record, evaluation, checkpoints, and a word to observers."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -93,7 +92,7 @@ class Loop:
         torch.manual_seed(self.options.seed + self.step * self.engine.batch.replicas + self.engine.replica)
 
     def _resume(self, path: Any) -> None:
-        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+        manifest = checkpoint.read_manifest(path)
         other = checkpoint.restore(self.engine, path, manifest, self.topology)
         self.step, self.start = manifest["step"], loader.Position(*manifest["position"])
         say(f"resumed after step {self.step}, from {path}")

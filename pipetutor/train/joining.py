@@ -5,7 +5,6 @@ What is wrong is said here, before a model is built or the other ranks are met.
 
 import argparse
 import hashlib
-import json
 import os
 import shlex
 import sys
@@ -57,8 +56,7 @@ def what_must_agree(plan: Plan) -> dict[str, Any]:
     found = options.common() | {f"{name} of the config": value for name, value in plan.config.items()}
     found |= {f"version of {name}": value for name, value in versions().items()}
     if options.resume:
-        manifest = json.loads((checkpoint.find(options.resume) / checkpoint.MANIFEST).read_text())
-        found["checkpoint"] = manifest["files"]
+        found["checkpoint"] = checkpoint.read_manifest(checkpoint.find(options.resume))["files"]
     if options.weights and os.environ["LOCAL_RANK"] == "0":
         with open(options.weights, "rb") as file:
             found["sha256 of the weights"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -226,12 +226,13 @@ def spoil(run, how):
         ("cut short", "does not have its sha256"),
         ("missing", "is incomplete: shard-00001-.* is missing; resume from"),
         ("no manifest", r"checkpoint.json is damaged \(FileNotFoundError\)"),
-        ("{}", r"checkpoint.json is damaged \(KeyError\); resume from"),
-        ('{"files": {}, "step": 4}', r"checkpoint.json is damaged \(KeyError\); resume from"),
-        ('{"files": {}, "step": "4", "position": [0, 0], "stages": 1, "replicas": 1}', r"is damaged \(TypeError\)"),
+        ("{}", r"checkpoint.json is damaged \(it has no files\); resume from"),
+        ('{"files": {}, "step": 4}', r"checkpoint.json is damaged \(it has no position\); resume from"),
+        ('{"files": {}, "step": "4", "position": [0, 0], "stages": 1, "replicas": 1}', r"\(its step is '4'\)"),
+        ('{"files": 3, "step": 4, "position": [0, 0], "stages": 1, "replicas": 1}', r"is damaged \(TypeError\)"),
         ("surplus", "has a file that was not saved with it, other.safetensors: remove it"),
         ("[1, 2", r"checkpoint.json is damaged \(JSONDecodeError\)"),
-        ('{"files": 3}', r"checkpoint.json is damaged \(TypeError\)"),
+        ("[1, 2]", r"checkpoint.json is damaged \(AttributeError\)"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(copy, how, words):
