@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,17 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report)
     beats = {beat.rank: beat for beat in heartbeat.read(directory)}
     raised = {failure["rank"]: failure for failure in records.read_failures(directory)}
-    # A rank that raised failed when it said so; one that was killed, when it ended.
-    ends = [(raised.get(end["rank"], end)["time"], end["rank"], end["code"]) for end in report["ended"]]
-    ends += [(failure["time"], rank, None) for rank, failure in raised.items() if rank not in {e[1] for e in ends}]
-    bad = sorted(
-        (_is_consequence(raised.get(rank), code), when, rank, code)
-        for when, rank, code in ends
-        if code or rank in raised
-    )
+    first = _failed_first(report["ended"], raised)
     head, why = "the run did not end well", ""
-    *_, rank, code = bad[0] if bad else (0, 0)
+    rank, code = first or (0, None)  # where none has failed, the first rank may have said why
     log = records.log_path(directory, rank)
     text = log.read_text(errors="replace") if log.exists() else ""
     last = [line for line in text.splitlines() if line.strip()][-15:]
-    if bad:
+    if first:
         error = raised[rank]["error"] if rank in raised else ""
         if error:  # a rank that raised may still be about to end: it has no code yet
             how = f"{error} ({'then ended by ' + _name(code) if code and code < 0 else f'exit code {code or 1}'})"
-        elif code < 0:
+        elif code and code < 0:
             how = f"killed by {_name(code)} (exit code {code})"
         else:
             how = f"see its last lines (exit code {code})"
@@ -74,6 +68,25 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         else [f"it wrote nothing to {log}"]
     )
     return "\n".join([*lines, *said])
+
+
+def _failed_first(
+    ended: Sequence[dict[str, Any]], raised: dict[int, dict[str, Any]]
+) -> tuple[int, int | None] | None:
+    """Return the rank that failed first and its exit code, or None where no rank has failed.
+
+    Args:
+        ended: the ranks that have ended, as the supervisor reports them.
+        raised: what ranks raised; one may not have ended yet, and has no exit code.
+    """
+    codes: dict[int, int | None] = dict.fromkeys(raised) | {end["rank"]: end["code"] for end in ended}
+    # A rank that raised failed when it said so; one that was killed, when it ended.
+    times = {each["rank"]: each["time"] for each in (*ended, *raised.values())}
+    failed = [rank for rank, code in codes.items() if code or rank in raised]
+    if not failed:
+        return None
+    first = min(failed, key=lambda rank: (_is_consequence(raised.get(rank), codes[rank]), times[rank], rank))
+    return first, codes[first]
 
 
 def _is_consequence(failure: dict[str, Any] | None, code: int | None) -> int:
