@@ -231,8 +231,8 @@ AROUND = [
     ),
     Mutation(
         "processes/agreement.py",
-        "if (wanted := first.options.get(name)) != value:",
-        "if (wanted := first.options.get(name)) is None:",
+        "if (wanted := first.common.get(name)) != value:",
+        "if (wanted := first.common.get(name)) is None:",
         "processes/test_agreement.py::test_what_one_host_refuses_ends_all_and_is_told_on_each",
     ),
     Mutation(

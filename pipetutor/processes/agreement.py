@@ -48,7 +48,7 @@ class Word:
         launcher: the number of its host, and the process that started it there: one for each host of a job.
         refusal: why it cannot run; empty where it can.
         backend: ``nccl`` or ``gloo``, as its host would choose.
-        options: what must be the same on every rank that has them.
+        common: what must be the same on every rank that has it.
         lonely: why ranks on other machines would not reach it; empty where they would.
     """
 
@@ -58,17 +58,17 @@ class Word:
     launcher: list[int]
     refusal: str
     backend: str
-    options: dict[str, Any]
+    common: dict[str, Any]
     lonely: str
 
 
-def agree(plan: Plan | None, refusal: str, options: dict[str, Any], timeout: timedelta) -> tuple[Plan, Any]:
+def agree(plan: Plan | None, refusal: str, common: dict[str, Any], timeout: timedelta) -> tuple[Plan, Any]:
     """Exchange words with the other ranks of this job.
 
     Args:
         plan: what this rank would run; None where it refuses.
         refusal: why it cannot run; empty where it can.
-        options: what must be the same on every rank that has them.
+        common: what must be the same on every rank that has it.
         timeout: how long to wait for the other ranks.
 
     Returns:
@@ -84,7 +84,7 @@ def agree(plan: Plan | None, refusal: str, options: dict[str, Any], timeout: tim
         launcher=[int(os.environ.get("CROSS_RANK", "0")), os.getppid()],
         refusal=refusal,
         backend=plan.backend if plan else "",
-        options=json.loads(json.dumps(options, default=str, allow_nan=False)),  # as they will arrive
+        common=json.loads(json.dumps(common, default=str, allow_nan=False)),  # as they will arrive
         lonely=_lonely() if plan and plan.backend == "gloo" and _several_hosts() else "",
     )
     store = None
@@ -243,8 +243,8 @@ def _misfit(word: Word, words: Sequence[Word]) -> str:
             f"its host would compute with {word.backend}, and the first rank's with {first.backend}: give every host "
             "the same --backend; gloo, on the CPU, is for all"
         )
-    for name, value in word.options.items():
-        if (wanted := first.options.get(name)) != value:
+    for name, value in word.common.items():
+        if (wanted := first.common.get(name)) != value:
             given = f"{name} is {value} here and {wanted} at the first rank"
             brief = given if len(given) < 120 else f"{name} is not what it is at the first rank"
             return f"{brief}: all hosts need the same command, files and versions"
