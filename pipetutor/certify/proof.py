@@ -71,7 +71,8 @@ def build_model(name: str, seed: int = SEED) -> nn.Module:
     return net
 
 
-def _micro_batches(case: Case, replica: int) -> Iterator[list[torch.Tensor]]:
+def micro_batches(case: Case, replica: int) -> Iterator[list[torch.Tensor]]:
+    """Return the micro-batches of a replica, from the loader of every run."""
     trainset = loader.Pixels(loader.load("synthetic", True, -1, DATA_DIR))
     sampler = loader.EpochSampler(trainset, case.replicas, replica, SEED, loader.Position())
     return iter(loader.Loader(trainset, sampler, MICRO_BATCH, torch.device("cpu")))
@@ -90,7 +91,7 @@ def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = build_model(case.model)
     tensors = {f"initial.{name}": p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    replicas = [_micro_batches(case, replica) for replica in range(case.replicas)]
+    replicas = [micro_batches(case, replica) for replica in range(case.replicas)]
     count = case.micro_batches * case.replicas
     losses = []
     for step in range(STEPS):
@@ -189,7 +190,7 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     weights = {name: p.detach() for name, p in engine.state().items()}
     look("initial", weights)
     engine.observe(before, after=lambda: None)
-    batches = _micro_batches(case, engine.replica)
+    batches = micro_batches(case, engine.replica)
     losses = [float(engine.train_batch(data_iter=batches)) for _ in range(STEPS)]
     look("final", weights)
     return {"stage": stage, "losses": losses} | {part: asdict(difference) for part, difference in found.items()}
