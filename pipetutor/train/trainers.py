@@ -1,6 +1,7 @@
 """The two trainers, data-parallel and pipeline, over the same data, model and loss.
 
-After ``training/pipeline_parallelism/train.py`` of DeepSpeedExamples, whose names, flags and signatures are kept.
+After ``training/pipeline_parallelism/train.py`` of DeepSpeedExamples, whose names, flags and signatures are kept:
+https://github.com/deepspeedai/DeepSpeedExamples/blob/master/training/pipeline_parallelism/train.py
 What stands around a step, the same for both, is in ``pipetutor.core.loop``.
 """
 
