@@ -142,8 +142,8 @@ CORE = [
     ),
     Mutation(
         "core/torch_engine.py",
-        "nn.functional.cross_entropy(output, labels) / self._micro_batches",
-        "nn.functional.cross_entropy(output, labels)",
+        "self._loss_fn(output, labels) / self._micro_batches",
+        "self._loss_fn(output, labels)",
         "core/test_torch_engine.py::test_every_schedule_computes_what_one_process_computes",
     ),
     Mutation(
