@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from conftest import processes_of
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("pipetutor", "benchmarks", "tests", "tools", "pyproject.toml")
 AT_ONCE = 2
@@ -322,6 +324,8 @@ def status(tests: str, mutation: Mutation | None = None) -> int:
         environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{place / 'tools'}"}
         with open(place / "said", "w+") as said:
             done = subprocess.run(command, cwd=place, env=environment, stdout=said, stderr=subprocess.STDOUT)
+            for process in processes_of(Path(directory)):  # which a test that was ended with its time over has left
+                process.kill()
             said.seek(0)
             if done.returncode > 1:
                 print(said.read()[-3000:], file=sys.stderr)
@@ -353,6 +357,9 @@ def verdict(mutation: Mutation) -> str:
 def main() -> int:
     """Try all mutations, or those of the files whose names hold a word of the command line."""
     chosen = [one for one in MUTATIONS if not sys.argv[1:] or any(word in one.file for word in sys.argv[1:])]
+    if not chosen:
+        print(f"no mutation is of a file whose name holds {' or '.join(sys.argv[1:])}")
+        return 2
     tests = " ".join(dict.fromkeys(test for one in chosen for test in one.tests.split()))
     if status(tests):
         print("the tests do not pass without a mutation")

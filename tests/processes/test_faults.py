@@ -19,7 +19,7 @@ from pipetutor.processes.heartbeat import Beat, Heartbeat, ask_for_stacks, culpr
 from pipetutor.processes.supervise import Progress
 from pipetutor.schedule.orders import Instruction
 
-DEADLINE = 8  # of a run whose steps take a tenth of a second, on a machine that may be much slower
+DEADLINE = 8  # of a run whose first step takes half a second, the others less: a machine may be ten times slower
 
 
 def ranks_of(beats):
