@@ -138,7 +138,7 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 def identity(options: Options, config: dict[str, Any]) -> dict[str, Any]:
     """Return what a run that resumes must have in common with the one that saved."""
-    optimizer = config["optimizer"]["type"]
+    optimizer = config["optimizer"]["type"].lower()  # as checkpoints have had it from the first
     return {"model": options.model, "dataset": options.dataset, "seed": options.seed, "optimizer": optimizer}
 
 
