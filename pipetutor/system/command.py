@@ -24,10 +24,12 @@ class Parser(argparse.ArgumentParser):
         """Read a command line; an unknown flag is refused with the one that is most like it."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            named = (word.partition("=")[0] for word in unknown if word.startswith("--"))
-            close = next((closest(name, flags, 0.5) for name in named), "")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close}?" if close else ""))
+            known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+            named = (word[2:].partition("=")[0] for word in unknown if word.startswith("--"))
+            close = next((closest(name, known, 0.6) for name in named), "")
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean --{close}?" if close else "")
+            )
         return found
 
     def error(self, message: str) -> NoReturn:
