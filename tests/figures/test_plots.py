@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_descriptions import RUN
 
-from pipetutor import Run
-from pipetutor.core.partition import catalog
 from pipetutor.costs.table import LayerCost, LayerCosts
 from pipetutor.figures import plots
 from pipetutor.figures.picture import Picture, explore
@@ -15,23 +14,7 @@ from pipetutor.figures.picture import Picture, explore
 
 @pytest.fixture
 def run():
-    return Run(
-        directory=Path("here"),
-        command="deepspeed",
-        stages=2,
-        replicas=1,
-        losses=[2.3, 2.0, 1.5],
-        seconds=[1.0, 0.5, 0.5],
-        first_step=1,
-        evaluations=[],
-        train_batch=8,
-        micro_batch=2,
-        micro_batches=4,
-        bounds=[0, 19, 22],
-        layers=[layer.kind for layer in catalog()["alexnet"]],
-        status="finished",
-        details={"model": "alexnet"},
-    )
+    return RUN
 
 
 def test_losses(run):
