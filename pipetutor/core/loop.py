@@ -75,10 +75,12 @@ class Loop:
             getattr(observer, what)(*about)
 
     def _before(self, instruction: Instruction, peers: Peers) -> None:
-        self._tell("before", instruction, peers)
+        for observer in self.observers:
+            observer.before(instruction, peers)
 
     def _after(self) -> None:
-        self._tell("after")
+        for observer in self.observers:
+            observer.after()
 
     def _enter(self, phase: str) -> None:
         self._tell("enter", phase, self.step)
