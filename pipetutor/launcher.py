@@ -57,7 +57,7 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
         check_weights(options.model, options.weights)
     fetch.prepare(options.dataset, options.data_dir)
     table = ""
-    if options.stages and options.partition == PROFILE:
+    if options.partition == PROFILE:
         from pipetutor.costs import profile  # numpy: loaded only by who asks for it
 
         plan, table = profile.cut(plan, ranks)

@@ -13,7 +13,7 @@ from deepspeed.constants import default_pg_timeout
 
 from pipetutor.core import checkpoint, records
 from pipetutor.core.batch import explain
-from pipetutor.core.engine import say
+from pipetutor.core.engine import own_device, say
 from pipetutor.core.plan import Plan
 from pipetutor.data.fetch import DataError
 from pipetutor.processes.agreement import Refused, agree
@@ -36,7 +36,7 @@ def _begin_record(directory: Path, plan: Plan) -> None:
     about |= {
         "status": "running",
         "versions": versions(),
-        "device": str(deepspeed.get_accelerator().current_device_name()),
+        "device": str(own_device()),
         "threads_per_rank": torch.get_num_threads(),
     }
     # Written anew: what an earlier part of the run came to is not what this one does.

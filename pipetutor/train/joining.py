@@ -46,8 +46,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 def with_bounds(plan: Plan) -> tuple[Plan, str]:
     """Return the plan with the bounds that were left to measured costs, and the table that says why these."""
-    measured = plan.options.stages and plan.options.partition == PROFILE
-    return profile.cut(plan, _local_ranks()) if measured else (plan, "")
+    return profile.cut(plan, _local_ranks()) if plan.options.partition == PROFILE else (plan, "")
 
 
 def what_must_agree(plan: Plan) -> dict[str, Any]:

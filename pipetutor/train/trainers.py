@@ -41,10 +41,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         ValueError: a flag is unknown, or its value has the wrong type.
     """
     about = "train AlexNet, or another model of torchvision, in a pipeline"
-    made = Parser(
-        prog="pipetutor.train", description=about, conflict_handler="resolve"
-    )  # --deepspeed_config is both's
-    return add_options(deepspeed.add_config_arguments(made)).parse_args(argv)
+    # Both DeepSpeed and the options have --deepspeed_config: the later one takes the other's place.
+    parser = Parser(prog="pipetutor.train", description=about, conflict_handler="resolve")
+    return add_options(deepspeed.add_config_arguments(parser)).parse_args(argv)
 
 
 def _agreed(args: argparse.Namespace) -> Plan:
