@@ -71,6 +71,9 @@ FILES = {
             "batches.meta": "7471dd1ee6a9585554739390e22eea79",
         },
     ),
+    "sums": Files(
+        "sums-text", {"train.txt": "77461d3bc094c4cc9a99b9c17446166e", "test.txt": "b3838c5721596aabe32756682bb57f63"}
+    ),
 }
 
 
@@ -143,7 +146,7 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
     Any number of processes may call this at once; one does the work and the others wait for it.
 
     Args:
-        dataset: ``cifar10`` or ``synthetic``.
+        dataset: ``cifar10``, ``synthetic`` or ``sums``.
         data_dir: made when missing. ``cifar-10-python.tar.gz`` put there by hand is used.
 
     Raises:
@@ -175,11 +178,11 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
 
 def _make(dataset: str, data_dir: Path, work: Path) -> None:
     files = FILES[dataset]
-    if dataset == "synthetic":
-        from pipetutor.data import synthetic
+    if not files.archive:
+        from pipetutor.data import sums, synthetic
 
         (work / files.folder).mkdir()
-        synthetic.write(work / files.folder)
+        {"sums": sums, "synthetic": synthetic}[dataset].write(work / files.folder)
         return
     given = data_dir / files.archive
     if given.exists():
