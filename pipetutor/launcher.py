@@ -12,6 +12,7 @@ from pipetutor.core import records
 from pipetutor.core.batch import explain
 from pipetutor.core.records import Run
 from pipetutor.data import fetch
+from pipetutor.describe import describe
 from pipetutor.options import PROFILE, Options, takes_options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.diagnosis import diagnose
@@ -21,6 +22,7 @@ from pipetutor.processes.supervise import Process
 from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import disk, machine
 from pipetutor.system.gpus import gpus
+from pipetutor.system.named import Named
 
 __all__ = ["RunFailed", "launch"]
 
@@ -50,12 +52,13 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
     """
     ranks = max(options.stages, 1) * options.replicas
-    plan = preflight(options, World(ranks, ranks, gpus(ranks)))
+    plan = preflight(options, World(ranks, ranks, gpus(ranks)), describe(options))
     if options.weights is not None:
         from pipetutor.weights import check_weights  # torch: loaded only by who brings weights
 
         check_weights(options.model, options.weights)
-    fetch.prepare(options.dataset, options.data_dir)
+    if not Named.parse(options.dataset).is_own:
+        fetch.prepare(options.dataset, options.data_dir)
     table = ""
     if options.partition == PROFILE:
         from pipetutor.costs import profile  # numpy: loaded only by who asks for it
@@ -89,13 +92,12 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     if lost := records.lost_in(directory):
         print(lost)
     if run.evaluations:
-        last = run.evaluations[-1]
-        print(f"test accuracy {last['accuracy']:.1%}: {last['correct']} of {last['images']} images")
+        print(records.marks(run.evaluations[-1]))
     return run
 
 
 def _brief(step: dict[str, Any]) -> str:
-    return f"loss {records.number(step['loss']):.3f}, {step['images_per_second']:.1f} images/s"
+    return f"loss {records.number(step['loss']):.3f}, {step['images_per_second']:.1f} examples/s"
 
 
 def _short(path: Path) -> str:

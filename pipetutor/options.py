@@ -22,7 +22,6 @@ from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system.kinds import KINDS, Kind, check
 
 __all__ = [
-    "DATASET_SIZES",
     "DTYPES",
     "ENGINES",
     "METHODS",
@@ -33,7 +32,6 @@ __all__ = [
     "takes_options",
 ]
 
-DATASET_SIZES = {"synthetic": 2_000, "cifar10": 50_000}
 BACKENDS = ("gloo", "nccl")
 DTYPES = ("fp32", "bf16")
 ENGINES = ("deepspeed", "torch")
@@ -90,14 +88,15 @@ class Options:
     model: str = option(
         "alexnet",
         Kind("the name of a model", KINDS["text"].fits, "'alexnet'"),
-        "any torchvision model that is features, avgpool and classifier in a row: AlexNet, VGG, MobileNetV3, "
-        "EfficientNet, ConvNeXt; see pipetutor.core.partition.catalog()",
+        "a torchvision model whose forward is a chain of blocks, see pipetutor.core.partition.catalog(); "
+        "gpt or gpt:layers=8,width=256; or a function of your own, module:function, that returns a list of layers",
         "--model",
     )
     dataset: str = option(
         "synthetic",
-        tuple(DATASET_SIZES),
-        "synthetic: ten drawn shapes, 2,000 train and 500 test images; or cifar10, downloaded once",
+        Kind("the name of a data set", KINDS["text"].fits, "'synthetic'"),
+        "synthetic: ten drawn shapes, 2,000 train and 500 test images; cifar10, downloaded once; sums, text for gpt; "
+        "or a function of your own, module:function, that takes train (True or False) and returns a data set",
         "--dataset",
     )
     data_dir: str | Path = option(

@@ -13,9 +13,10 @@ import psutil
 from pipetutor.core import checkpoint
 from pipetutor.core.batch import Batch, batch_arithmetic
 from pipetutor.core.config import OBJECTS, dtype_of, half_precision, read_config
-from pipetutor.core.partition import Layer, bounds_for, catalog, check_stages
+from pipetutor.core.description import Description
+from pipetutor.core.partition import Layer, bounds_for, check_stages, parameters_of
 from pipetutor.core.plan import Plan
-from pipetutor.options import DATASET_SIZES, PROFILE, Options
+from pipetutor.options import PROFILE, Options
 from pipetutor.processes.faults import Fault
 from pipetutor.schedule.orders import idle_share
 from pipetutor.system import machine
@@ -47,12 +48,13 @@ class World:
     gpus: Gpus
 
 
-def preflight(options: Options, world: World) -> Plan:
+def preflight(options: Options, world: World, about: Description) -> Plan:
     """Check a whole run and say what it will be.
 
     Args:
         options: what is asked for.
         world: where.
+        about: its model and data.
 
     Returns:
         The plan; with ``partition="profile"`` its bounds are left to ``pipetutor.costs.profile.cut``.
@@ -60,15 +62,15 @@ def preflight(options: Options, world: World) -> Plan:
     Raises:
         ValueError: what was given, what is needed, and a value that would work.
 
-    >>> preflight(Options(stages=2), World(2, 2, Gpus(0))).bounds
+    >>> from pipetutor.describe import describe
+    >>> preflight(Options(stages=2), World(2, 2, Gpus(0)), describe(Options())).bounds
     [0, 19, 22]
     """
     check("ranks", world.ranks, "count")
-    check("model", options.model, sorted(catalog()))
     config = read_config(options.config, options.dtype)
-    layers = catalog()[options.model]
+    layers = about.layers
     bounds = _bounds(options, layers, world.ranks)
-    batch = _batch(options, config, world.ranks)
+    batch = _batch(options, config, world.ranks, about.data.train)
     _check_optimizer(options, config)
     backend, notices = _backend(options, config, world)
     done = _resume(options, config)
@@ -84,7 +86,8 @@ def preflight(options: Options, world: World) -> Plan:
         config=config,
         batch=batch,
         bounds=bounds,
-        layers=[layer.kind for layer in layers] if options.stages else [],
+        layers=tuple(layers),
+        data=about.data,
         backend=backend,
         done=done,
         notice="\n".join(notices),
@@ -127,13 +130,13 @@ def _other_numbers(ranks: int, stages: int) -> str:
     )
 
 
-def _batch(options: Options, config: dict[str, Any], ranks: int) -> Batch:
+def _batch(options: Options, config: dict[str, Any], ranks: int, examples: int) -> Batch:
     batch = batch_arithmetic(config, ranks // options.stages if options.stages else ranks)
-    images, least = DATASET_SIZES[options.dataset], batch.micro * batch.replicas
-    if least > images:
+    least = batch.micro * batch.replicas
+    if least > examples:
         raise ValueError(
-            f"one micro-batch on every replica takes {batch.micro} x {batch.replicas} = {least} images, but "
-            f"{options.dataset} has {images}: use a micro-batch of at most {images // batch.replicas}"
+            f"one micro-batch on every replica takes {batch.micro} x {batch.replicas} = {least} examples, but "
+            f"{options.dataset} has {examples}: use a micro-batch of at most {examples // batch.replicas}"
         )
     return batch
 
@@ -229,8 +232,7 @@ def _check_memory(model: str, layers: Sequence[Layer], config: dict[str, Any], r
     kind = config["optimizer"]["type"]
     moments = {"Adam": 2, "AdamW": 2, "Adagrad": 1}.get(kind, 0)
     shared = (1 + moments) if _zero_stage(config) else 0  # ZeRO splits them over the replicas
-    parameters = sum(layer.parameters for layer in layers)
-    needed = 4 * parameters * (shared + replicas * (2 + moments - shared))
+    needed = 4 * parameters_of(layers) * (shared + replicas * (2 + moments - shared))
     there = machine.memory().total + psutil.swap_memory().total
     if needed > there:
         copies = f" in {replicas} replicas" if replicas > 1 else ""

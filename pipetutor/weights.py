@@ -5,14 +5,14 @@ python -m pipetutor.weights runs/20261124-101502-p2r1 alexnet.pt
 
 import contextlib
 import os
+import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipetutor.core import checkpoint
 from pipetutor.core.checkpoint import CheckpointError
-from pipetutor.core.layers import build
+from pipetutor.core.model import Model, build_model
 from pipetutor.processes.entry import command
 from pipetutor.system import disk
 from pipetutor.system.kinds import check
@@ -23,7 +23,7 @@ NEEDED = "give a file that torch.save(model.state_dict(), file) or pipetutor.wei
 
 
 def export(path: str | Path, file: str | Path) -> Path:
-    """Write a checkpoint's weights as a plain torchvision ``state_dict``.
+    """Write a checkpoint's weights as a plain ``state_dict``, torchvision's for its models.
 
     Args:
         path: a checkpoint, or a run directory, whose newest is meant.
@@ -58,18 +58,19 @@ def export(path: str | Path, file: str | Path) -> Path:
     return file
 
 
-def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Fill a torchvision model from a ``state_dict`` file, executing nothing that is in it.
+def load_weights(model: Model, file: str | Path) -> None:
+    """Fill a model, or what is held of it, from a ``state_dict`` file, executing nothing that is in the file.
 
     Args:
-        model: the model, with as many classes as the file's.
+        model: of the same layers as the file's.
         file: what ``export`` or ``torch.save(model.state_dict(), file)`` wrote.
 
     Raises:
         CheckpointError: the file cannot be read, holds other than tensors, or is of another model.
     """
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped, only what is held is read; the form of old files cannot be.
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError as error:
         raise CheckpointError(f"weights {file}: {error.strerror or error}; {NEEDED}") from None
     except Exception as error:  # torch raises several kinds, for what is no archive and for what it will not execute
@@ -79,9 +80,9 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
         ) from None
     if not isinstance(found, dict):
         raise CheckpointError(f"weights {file} is not a state_dict, but a {type(found).__name__}; {NEEDED}")
-    wanted = model.state_dict()
+    wanted = model.whole.state_dict()
     shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in found.items()}
-    kind = type(model).__name__
+    kind = type(model.whole).__name__
     for name, tensor in wanted.items():
         if name not in shapes:
             raise CheckpointError(f"weights {file} are not of this {kind}: {name} is missing")
@@ -92,12 +93,14 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
             )
     if surplus := shapes.keys() - wanted.keys():
         raise CheckpointError(f"weights {file} are not of this {kind}: it has no {min(surplus)}")
-    model.load_state_dict(found)
+    for name, tensor in wanted.items():
+        if not tensor.is_meta:
+            tensor.copy_(found[name])
 
 
 def check_weights(model: str, file: str | Path) -> None:
     """Raise CheckpointError unless a file holds weights for a model of this name."""
-    load_weights(build(model), file)
+    load_weights(build_model(model, held=()), file)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def test_the_readmes_command_reaches_90_percent_in_5_minutes(runs):
     assert done.returncode == 0, done.stderr[-2000:]
     run = Run.load(runs)
     print(f"\n{run.accuracy:.1%} in {seconds:.0f} s, {run.samples_per_second:.1f} images/s")
-    assert re.search(r"step \d+: \d+ of 500 test images are right \(\d+\.\d%\)", done.stdout)
+    assert re.search(r"step \d+: \d+ of 500 test examples are right \(\d+\.\d%\)", done.stdout)
     assert run.accuracy >= 0.9 and seconds <= 300
 
 

@@ -13,46 +13,53 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import TiedLayerSpec
 from torch import nn
 
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.config import dtype_of
 from pipetutor.core.engine import After, Batches, Before, others, say
-from pipetutor.core.layers import join_layers, layer_names
+from pipetutor.core.model import Model, Tied
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import PARTNERS, Instruction
 
 __all__ = ["DataParallel", "Pipeline", "PipelineModule"]
 
 
-class PipelineModule(deepspeed.pipe.PipelineModule):
-    """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22``, and lets other stages' layers go.
+class _Built(TiedLayerSpec):
+    """A tied layer that is built already, as DeepSpeed wants to hear of one."""
 
-    DeepSpeed keeps the list that it was given, so each rank would hold the weights of the whole model. Its own
-    activation checkpointing would have running statistics take in each micro-batch twice; ``StageLayers`` has none
-    of that.
+    def __init__(self, layer: Tied):
+        names = [name for name, _ in layer.module.named_parameters()]
+        super().__init__(layer.key, type(layer.module), tied_weight_attr=names)
+        self._module = layer.module
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self._module
+
+
+class PipelineModule(deepspeed.pipe.PipelineModule):
+    """DeepSpeed's ``PipelineModule``, which also takes bounds such as ``0,16,22``.
+
+    Its own activation checkpointing would have running statistics take in each micro-batch twice; ``StageLayers`` has
+    none of that.
 
     Args:
+        layers: of the model; those of other stages may be without memory.
         recompute: see ``StageLayers``.
-        about: the arguments of DeepSpeed's ``PipelineModule``.
+        about: the other arguments of DeepSpeed's ``PipelineModule``.
     """
 
-    _layer_specs: list[Any]
-
-    def __init__(self, *, recompute: bool = False, **about: Any):
-        super().__init__(**about)
+    def __init__(self, *, layers: Sequence[nn.Module], recompute: bool = False, **about: Any):
+        specs = [_Built(layer) if isinstance(layer, Tied) else layer for layer in layers]
+        super().__init__(layers=specs, **about)
         # In a tuple, which torch does not look into: the layers have their names in this module already.
-        self._stage = (StageLayers(self.forward_funcs, recompute),)
+        self._stage = (StageLayers(layers[self._local_start : self._local_stop], recompute),)
 
     def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
         """Compute the stage's output."""
         return self._stage[0](forward_input)
-
-    def _build(self) -> None:
-        super()._build()
-        held = range(self._local_start, self._local_stop)
-        self._layer_specs = [spec if index in held else None for index, spec in enumerate(self._layer_specs)]
 
     def _partition_layers(self, method: str = "uniform") -> None:
         if method[0].isdigit():
@@ -136,15 +143,16 @@ class DataParallel(_DeepSpeed):
     """The whole model on each rank; see ``pipetutor.core.engine.Engine``.
 
     Args:
-        model: a torchvision model.
+        model: the whole of it is built.
         config: a whole DeepSpeed config.
     """
 
     is_first = True
     blocking = False
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]):
-        super().__init__(model, config, stages=0)
+    def __init__(self, model: Model, config: dict[str, Any]):
+        super().__init__(model.whole, config, stages=0)
+        self.loss_fn = model.loss_fn
         self.replica = dist.get_rank()
         self._before: Before = lambda *_: None
         self._after: After = lambda: None
@@ -211,33 +219,23 @@ class Pipeline(_DeepSpeed):
     """A stage of the model on each rank; the ranks beyond one pipeline are replicas of it.
 
     Args:
-        model: a torchvision model that ``join_layers`` can flatten; the rank keeps its own layers of it.
+        model: this rank's layers of it are built.
         stages: pipeline stages P.
         part: where to cut: a method of DeepSpeed, or bounds such as ``0,16,22``.
         config: a whole DeepSpeed config.
         recompute: keep the input of the stage alone for each micro-batch, and compute the rest once more in its
             backward pass (activation checkpointing; Chen et al., arXiv:1604.06174).
-        loss_fn: takes what the last layer gives, and labels; by default the cross-entropy.
     """
 
     blocking = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stages: int,
-        part: str,
-        config: dict[str, Any],
-        recompute: bool = False,
-        loss_fn: nn.Module | None = None,
-    ):
-        layers = join_layers(model)
-        self._names = layer_names(model, layers)
+    def __init__(self, model: Model, stages: int, part: str, config: dict[str, Any], recompute: bool = False):
+        self._model, self.loss_fn = model, model.loss_fn
         if dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage"):
-            accumulate_in_place(layers)  # the others take each gradient from autograd, into a buffer of their own
+            accumulate_in_place(model.layers)  # others take each gradient from autograd, into a buffer of their own
         net = PipelineModule(
-            layers=layers,
-            loss_fn=loss_fn or nn.CrossEntropyLoss(),
+            layers=model.layers,
+            loss_fn=model.loss_fn,
             num_stages=stages,
             partition_method=part,
             activation_checkpoint_interval=0,
@@ -264,10 +262,11 @@ class Pipeline(_DeepSpeed):
         engine = self.deepspeed
         grid, stage, last = engine.grid, engine.stage_id, engine.num_stages - 1
         replicas = tuple(rank for rank in grid.dp_group if rank != dist.get_rank())
+        copies = {rank for comm in engine.module.tied_comms.values() for rank in comm["ranks"]} - {dist.get_rank()}
         done: Counter[str] = Counter()
 
         def observed(name: str, execute: Callable[..., None]) -> Callable[..., None]:
-            peers = replicas if name == "ReduceGrads" else ()
+            peers = {"ReduceGrads": replicas, "ReduceTiedGrads": tuple(sorted(copies))}.get(name, ())
             if name in PARTNERS and 0 <= (neighbour := stage + PARTNERS[name][1]) <= last:
                 peers = (grid.stage_to_global(neighbour),)
 
@@ -303,11 +302,7 @@ class Pipeline(_DeepSpeed):
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of this rank's layers."""
         net = self.deepspeed.module
-        names = self._names[net.parts[net.stage_id] : net.parts[net.stage_id + 1]]
-        state: dict[str, torch.Tensor] = {}
-        for name, layer in zip(names, net.forward_funcs, strict=True):
-            state |= layer.state_dict(prefix=f"{name}.", keep_vars=True)
-        return state
+        return self._model.state(*net.parts[net.stage_id : net.stage_id + 2])
 
     def logits(self, micro_batches: Batches, count: int) -> list[torch.Tensor]:
         """Run DeepSpeed's inference schedule."""

@@ -2,7 +2,7 @@
 
 Three classes have it: ``DataParallel`` and ``Pipeline`` of ``core.deepspeed_engines``, and ``TorchPipeline`` of
 ``core.torch_engine``. How a step is trained, the loop is told beside it: a pipeline's ``train_batch``, or what
-``train_base`` writes out. A micro-batch is a list of two tensors, images and labels.
+``train_base`` writes out. A micro-batch is a list of two tensors, inputs and labels.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,6 +34,7 @@ class Engine(Protocol):
         blocking: whether it sends and receives with calls that return once the message is there.
         optimizer: torch's or DeepSpeed's.
         scheduler: of the learning rate; None without one.
+        loss_fn: of the model; takes what its last layer gives, and labels.
     """
 
     device: torch.device
@@ -43,6 +44,7 @@ class Engine(Protocol):
     blocking: bool
     optimizer: Any
     scheduler: Any
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def observe(self, before: Before, after: After) -> None:
         """Have something called ahead of everything that the engine executes, and behind it.

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from pipetutor.core.engine import Before, Engine, others
 from pipetutor.data import loader
+from pipetutor.data.text import IGNORED
 from pipetutor.schedule.orders import Instruction
 
 __all__ = ["share"]
+
+NOT_COUNTED = {"correct": None, "accuracy": None}
 
 
 def share(size: int, micro_batch: int, replicas: int, replica: int) -> torch.Tensor:
@@ -42,34 +45,41 @@ def share(size: int, micro_batch: int, replicas: int, replica: int) -> torch.Ten
 @torch.no_grad()
 def evaluate(
     engine: Engine, testset: Dataset[Any], before: Before, dtype: torch.dtype = torch.float32
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Evaluate the model that the ranks hold; every rank calls this, and every rank gets the result.
 
     Normalisation layers use the running statistics of replica 0, which are those that a checkpoint keeps.
 
     Args:
         engine: whose model; it tells its own observer of its instructions.
-        testset: (image, label) pairs, with all the labels in ``targets``.
+        testset: (input, label) pairs.
         before: called ahead of the exchange that follows; see ``Engine.observe``.
-        dtype: in which the engine takes images.
+        dtype: in which the engine takes inputs that are no whole numbers.
 
     Returns:
-        ``correct`` and ``images``, counts; ``accuracy``, their ratio; ``loss``, the mean cross-entropy.
+        ``images``, how many examples there are; ``correct``, of how many every label is the class with the highest
+        logit (labels of -100 are not asked for), and ``accuracy``, the share of these: both None where labels are no
+        classes; ``loss``, the mean over the examples.
     """
-    labels = torch.tensor(testset.targets)  # type: ignore[attr-defined]
-    batch = engine.batch
-    indices = share(len(labels), batch.micro, batch.replicas, engine.replica)
-    real, padded = indices < len(labels), indices.clamp(max=len(labels) - 1)
-    source = testset if engine.is_first else loader.Labels(testset)
+    batch, size = engine.batch, len(testset)  # type: ignore[arg-type]
+    indices = share(size, batch.micro, batch.replicas, engine.replica)
+    real, padded = indices < size, indices.clamp(max=size - 1)
+    labels = loader.Labels(testset)
+    source = testset if engine.is_first else labels
     batches = loader.Loader(source, padded.flatten().tolist(), batch.micro, engine.device, dtype)
-    logits = engine.logits(iter(batches), len(padded))
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    if logits:
-        found = torch.cat(logits).double()[real.flatten()]
-        wanted = labels[padded][real].to(found.device)
-        loss = torch.nn.functional.cross_entropy(found, wanted, reduction="sum")
-        sums = torch.stack([(found.argmax(1) == wanted).sum(), torch.tensor(len(wanted)).to(loss), loss]).double()
+    outputs = engine.logits(iter(batches), len(padded))
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+    if outputs:
+        found = torch.cat(outputs).double()[real.flatten()]
+        wanted = default_collate([labels[index][0] for index in padded[real].tolist()]).to(found.device)
+        wanted = wanted.double() if wanted.is_floating_point() else wanted
+        sums[0] = len(wanted)
+        sums[1] = sum(engine.loss_fn(one[None], label[None]) for one, label in zip(found, wanted, strict=True))
+        if not wanted.is_floating_point() and found.dim() == wanted.dim() + 1:
+            right = (found.argmax(-1) == wanted) | (wanted == IGNORED)
+            sums[2:] = torch.tensor([right.view(len(wanted), -1).all(1).sum(), len(wanted)])
     before(Instruction("AggregateLoss", 0), others())
     dist.all_reduce(sums)
-    correct, images, loss = sums.tolist()
-    return {"correct": int(correct), "images": int(images), "accuracy": correct / images, "loss": loss / images}
+    images, loss, correct, classified = sums.tolist()
+    counted = {"correct": int(correct), "accuracy": correct / images} if classified else NOT_COUNTED
+    return counted | {"images": int(images), "loss": loss / images}

@@ -42,7 +42,7 @@ def gpt_sizes(
     check("dropout", dropout, "share", "gpt: ")
     if width % heads:
         raise ValueError(f"gpt: width {width} is no multiple of heads {heads}: {width - width % heads or heads} is")
-    embedding = Layer("Embedding", vocabulary * width)
+    embedding = Layer("Embedding", vocabulary * width, "embedding")
     block = Layer("Block", 12 * width**2 + 13 * width)
     return [
         embedding,

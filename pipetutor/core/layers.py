@@ -32,10 +32,32 @@ def build(name: str, classes: int = 10, dropout: float | None = None) -> nn.Modu
     """
     net = torchvision.models.get_model(name, weights=None, num_classes=classes)
     if dropout is not None:
-        for module in net.modules():
-            if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
-                module.p = dropout
+        set_dropout(net, dropout)
     return net
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set the probability with which each part of a model drops what it passes on."""
+    for part in model.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd | torchvision.ops.StochasticDepth):
+            part.p = probability
+        elif isinstance(part, nn.MultiheadAttention):
+            part.dropout = probability
+
+
+def flatten_layers(vision_model: nn.Module) -> list[nn.Module]:
+    """Return what ``join_layers`` does, without the proof: of a model whose weights are on ``meta``, say."""
+    name = type(vision_model).__name__
+    missing = [part for part in PARTS if not isinstance(getattr(vision_model, part, None), nn.Module)]
+    if missing:
+        raise ValueError(
+            f"{name} cannot be flattened: it has no {', no '.join(missing)}; a pipeline needs a model that is "
+            "features, avgpool and classifier in a row, such as alexnet or vgg11"
+        )
+    features, avgpool, classifier = (getattr(vision_model, part) for part in PARTS)
+    # A classifier may begin with a layer that still expects four dimensions (ConvNeXt's LayerNorm2d).
+    flatten = [] if any(isinstance(layer, nn.Flatten) for layer in classifier) else [Flatten()]
+    return [*features, avgpool, *flatten, *classifier]
 
 
 def join_layers(vision_model: nn.Module) -> list[nn.Module]:
@@ -56,17 +78,7 @@ def join_layers(vision_model: nn.Module) -> list[nn.Module]:
     >>> len(join_layers(torchvision.models.alexnet()))
     22
     """
-    name = type(vision_model).__name__
-    missing = [part for part in PARTS if not isinstance(getattr(vision_model, part, None), nn.Module)]
-    if missing:
-        raise ValueError(
-            f"{name} cannot be flattened: it has no {', no '.join(missing)}; a pipeline needs a model that is "
-            "features, avgpool and classifier in a row, such as alexnet or vgg11"
-        )
-    features, avgpool, classifier = (getattr(vision_model, part) for part in PARTS)
-    # A classifier may begin with a layer that still expects four dimensions (ConvNeXt's LayerNorm2d).
-    flatten = [] if any(isinstance(layer, nn.Flatten) for layer in classifier) else [Flatten()]
-    layers = [*features, avgpool, *flatten, *classifier]
+    layers = flatten_layers(vision_model)
     _prove(vision_model, layers)
     return layers
 

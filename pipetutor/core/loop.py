@@ -43,7 +43,7 @@ class Loop:
         self.dtype = DTYPES[dtype_of(plan.config)]
         self.topology = {"stages": options.stages, "replicas": engine.batch.replicas}
         self.step, self.start = 0, loader.Position()
-        if engine.replica:  # the first one goes on from where the weights were drawn
+        if engine.replica:  # the first one begins at the seed itself
             self._draw_own_numbers()
         if options.resume:
             self._resume(checkpoint.find(options.resume))
@@ -57,7 +57,7 @@ class Loop:
         return loader.load(self.options.dataset, train, self.options.local_rank, self.options.data_dir)
 
     def _images(self, dataset: Dataset[Any]) -> Dataset[Any]:
-        return dataset if self.options.transforms == "pil" else loader.Pixels(dataset)
+        return dataset if self.options.transforms == "pil" else loader.as_stored(dataset)
 
     def _checked(self, micro_batch: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return what observers make of a micro-batch; a ragged one is refused before it reaches another rank."""
@@ -149,10 +149,7 @@ class Loop:
         self._enter("evaluating")
         assert self.testset is not None
         found = evaluate(self.engine, self.testset, self._before, self.dtype)
-        say(
-            f"step {self.step}: {found['correct']:.0f} of {found['images']:.0f} test images are right "
-            f"({found['accuracy']:.1%}), loss {found['loss']:.4f}"
-        )
+        say(f"step {self.step}: {records.marks(found)}")
         directory = self.options.directory
         if directory and dist.get_rank() == 0:
             records.append(directory / records.EVALUATIONS, {"step": self.step} | found)

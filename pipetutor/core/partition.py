@@ -11,20 +11,36 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pipetutor.options import METHODS, PROFILE
 from pipetutor.system.kinds import counted
 
-__all__ = ["Layer", "bounds_for", "catalog", "check_stages", "fastest"]
+__all__ = ["Layer", "bounds_for", "catalog", "check_stages", "fastest", "parameters_of"]
 
 
 class Layer(NamedTuple):
-    """One entry of a model's flat list: its class name and its number of trainable parameters."""
+    """One entry of a model's flat list.
+
+    Attributes:
+        kind: its class name.
+        parameters: how many of them are trained.
+        tied: what several entries have in common that hold the same parameters; empty for those that share none.
+    """
 
     kind: str
     parameters: int
+    tied: str = ""
+
+
+def parameters_of(layers: Iterable[Any]) -> int:
+    """Return how many parameters one rank holds that holds these layers, those of tied ones once.
+
+    >>> parameters_of([Layer("Embedding", 8, "tokens"), Layer("Linear", 20), Layer("Embedding", 8, "tokens")])
+    28
+    """
+    return sum({layer.tied or place: layer.parameters for place, layer in enumerate(layers)}.values())
 
 
 @functools.cache

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipetutor.core.batch import Batch
+from pipetutor.core.description import Data
+from pipetutor.core.partition import Layer
 from pipetutor.options import Options
 
 __all__ = ["Plan"]
@@ -19,7 +21,8 @@ class Plan:
         batch: the batch arithmetic, with the number of replicas.
         bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline, and for ``profile`` until
             ``pipetutor.costs.profile.cut`` has chosen them.
-        layers: class name of each layer; empty for the baseline.
+        layers: of the model.
+        data: what is known of the data set.
         backend: ``nccl`` or ``gloo``.
         done: steps that the checkpoint holds from which the run resumes; 0 without one.
         notice: what was decided for the user and why; empty when nothing was.
@@ -29,7 +32,8 @@ class Plan:
     config: dict[str, Any]
     batch: Batch
     bounds: list[int]
-    layers: list[str]
+    layers: tuple[Layer, ...]
+    data: Data
     backend: str
     done: int
     notice: str
@@ -44,7 +48,8 @@ class Plan:
             "micro_batch": self.batch.micro,
             "micro_batches": self.batch.accumulation,
             "bounds": self.bounds,
-            "layers": self.layers,
+            "layers": [layer.kind for layer in self.layers] if self.options.stages else [],
+            "parameters": [layer.parameters for layer in self.layers],
             "backend": self.backend,
             "engine": self.options.engine,
             "schedule": self.options.schedule,

@@ -255,6 +255,14 @@ def lost(step: int) -> str:
     )
 
 
+def marks(evaluation: dict[str, Any]) -> str:
+    """Say in a few words what an evaluation found."""
+    loss, size = f"loss {number(evaluation['loss']):.4f}", evaluation["images"]
+    if evaluation["accuracy"] is None:
+        return f"{loss} on {size} test examples"
+    return f"{evaluation['correct']} of {size} test examples are right ({evaluation['accuracy']:.1%}), {loss}"
+
+
 def lost_in(directory: Path) -> str:
     """Say so of the first step of a run whose loss is no number; nothing where there is none."""
     steps = _undamaged(directory / STEPS)
@@ -310,18 +318,22 @@ class Run:
 
     @property
     def samples_per_second(self) -> float:
-        """Images a second, from the median step; the first step, which warms up, is left out."""
+        """Examples, such as images, a second, from the median step; the first step, which warms up, is left out."""
         return self.train_batch / statistics.median(self.seconds[1:] or self.seconds or [float("inf")])
 
     @property
     def accuracy(self) -> float:
-        """Share of the test images that the last evaluation found right.
+        """Share of the test set that the last evaluation found right.
 
         Raises:
-            ValueError: the run never evaluated.
+            ValueError: the run never evaluated, or its labels are no classes.
         """
         if not self.evaluations:
             raise ValueError("this run was never evaluated: launch it with eval_every=N")
+        if self.evaluations[-1]["accuracy"] is None:
+            raise ValueError(
+                "the labels of this run are no classes, of which one is right: see evaluations for the loss"
+            )
         return self.evaluations[-1]["accuracy"]
 
     @classmethod

@@ -9,10 +9,10 @@ The runtime is private in torch 2.15 (``_PipelineScheduleRuntime``), and this is
 Sends and receives run in the background, on gloo's own thread; a rank waits for a message only where it needs it.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.deepspeed_engines import optimizer_config
 from pipetutor.core.engine import After, Batches, Before, others, own_device
-from pipetutor.core.layers import join_layers, layer_names
+from pipetutor.core.model import Model, Tied, crossing
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import Instruction, build
 
@@ -37,7 +37,6 @@ COMPUTE = {
     "BackwardInput": runtime.BACKWARD_INPUT,
     "BackwardWeight": runtime.BACKWARD_WEIGHT,
 }
-IMAGE = (3, 224, 224)
 
 
 def build_optimizer(config: dict[str, Any], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -58,21 +57,6 @@ def build_optimizer(config: dict[str, Any], parameters: Sequence[nn.Parameter]) 
         raise ValueError(f"a pipeline of torch trains with torch's Adam, AdamW or SGD, not with {optimizer}")
     decoupled = params.pop("adam_w_mode", True) or kind == "adamw"
     return (torch.optim.AdamW if decoupled else torch.optim.Adam)(parameters, **params)
-
-
-def _boundaries(layers: Sequence[nn.Module], bounds: Sequence[int], images: Sequence[int]) -> list[torch.Tensor]:
-    """Return what enters each stage, and what leaves the last one, as tensors without memory.
-
-    Told beforehand, the shapes need not be found by running the whole model once more ahead of the first step.
-    """
-    x = torch.empty(*images, device="meta")
-    found = [x]
-    for low, high in pairwise(bounds):
-        for layer in layers[low:high]:
-            shapes = {name: torch.empty_like(t, device="meta") for name, t in layer.state_dict().items()}
-            x = torch.func.functional_call(layer, shapes, x).detach()
-        found.append(x.clone(memory_format=torch.contiguous_format).requires_grad_())
-    return found
 
 
 class _Watch:
@@ -113,7 +97,9 @@ class _Source:
 class _Stage(PipelineStage):
     """A stage that reads its micro-batches when it comes to them, and whose computations can be observed."""
 
-    def __init__(self, source: _Source, watch: _Watch, micro_batches: int, loss_fn: nn.Module, *args: Any):
+    def __init__(
+        self, source: _Source, watch: _Watch, micro_batches: int, loss_fn: Callable[..., torch.Tensor], *args: Any
+    ):
         super().__init__(*args)
         self._source, self._watch, self._micro_batches, self._loss_fn = source, watch, micro_batches, loss_fn
 
@@ -167,18 +153,19 @@ class TorchPipeline:
     Rank r of P holds the stages r, r + P, r + 2P and so on. All ranks are one pipeline: there are no replicas.
 
     Args:
-        model: a torchvision model that ``join_layers`` can flatten; the rank trains its own layers of it.
+        model: this rank's layers of it are built.
         schedule: a name of ``pipetutor.schedule.orders.SCHEDULES``.
         bounds: of all stages of the model: as many as ranks, or a multiple of that.
         config: a whole DeepSpeed config; Adam, AdamW or SGD.
         recompute: keep only what enters a stage, and compute the rest once more in the backward pass.
-        image: channels, height and width.
-        loss_fn: takes what the last layer gives, and labels; by default the cross-entropy.
+        inputs: of a micro-batch, on ``meta``. Told beforehand, the shapes of what the stages send need not be found
+            by running the whole model once more ahead of the first step.
 
     Raises:
         ValueError: the optimizer, stages and ranks, or schedule and ``recompute`` do not fit.
 
-    >>> engine = TorchPipeline(model, "gpipe", [0, 16, 22], read_config(None))  # doctest: +SKIP
+    >>> images = torch.empty(8, 3, 224, 224, device="meta")
+    >>> engine = TorchPipeline(model, "gpipe", [0, 16, 22], read_config(None), images)  # doctest: +SKIP
     >>> loss = engine.train_batch(micro_batches)  # doctest: +SKIP
     """
 
@@ -188,13 +175,12 @@ class TorchPipeline:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         schedule: str,
         bounds: Sequence[int],
         config: dict[str, Any],
+        inputs: torch.Tensor,
         recompute: bool = False,
-        image: Sequence[int] = IMAGE,
-        loss_fn: nn.Module | None = None,
     ):
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._last = len(bounds) - 2
@@ -207,27 +193,59 @@ class TorchPipeline:
         self.batch = batch_arithmetic(config, replicas=1)
         self._watch = _Watch()
         self._source = _Source(self._watch, self.device, shared=self._ranks == 1)
-        layers = join_layers(model)
-        names = layer_names(model, layers)
         if schedule != "zero_bubble":  # it asks autograd for gradients of weights alone
-            accumulate_in_place(layers)
-        passed = _boundaries(layers, bounds, (self.batch.micro, *image))
-        self._layers: list[tuple[str, nn.Module]] = []
+            accumulate_in_place(model.layers)
+        # The output is no view, whatever lies behind a cut, and contiguous: see StageLayers.
+        passed = [
+            x.clone(memory_format=torch.contiguous_format).requires_grad_(x.is_floating_point())
+            for x in crossing(model, inputs)
+        ]
+        self._model, self.loss_fn = model, model.loss_fn
+        self._spans = {
+            stage: (bounds[stage], bounds[stage + 1]) for stage in range(self._rank, self._last + 1, self._ranks)
+        }
         self._stages: dict[int, Any] = {}
-        for stage in range(self._rank, self._last + 1, self._ranks):
-            held = slice(bounds[stage], bounds[stage + 1])
-            self._layers += zip(names[held], layers[held], strict=True)
-            if stage and hasattr(layers[held][0], "inplace"):
+        for stage, (low, high) in self._spans.items():
+            layers = model.layers[low:high]
+            if stage and hasattr(layers[0], "inplace"):
                 # What was received gets a gradient, and must be kept for it.
-                layers[held][0].inplace = False  # type: ignore[assignment]
-            module = StageLayers(layers[held], recompute)
-            about = (module, stage, self._last + 1, self.device, passed[stage], passed[stage + 1])
-            told = (self._source, self._watch, self.batch.accumulation, loss_fn or nn.CrossEntropyLoss())
+                layers[0].inplace = False  # type: ignore[assignment]
+            module = StageLayers(layers, recompute).to(self.device)
+            about = (module, stage, self._last + 1, self.device, passed[low], passed[high])
+            told = (self._source, self._watch, self.batch.accumulation, model.loss_fn)
             self._stages[stage] = _Stage(*told, *about)
-        parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]
-        self.optimizer = build_optimizer(config, parameters)
+        self._tied = self._tie(bounds)
+        state = self.state().values()
+        self.optimizer = build_optimizer(config, [p for p in state if isinstance(p, nn.Parameter)])
         self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}
         self._runtime = self._prepare(schedule)
+
+    def _tie(self, bounds: Sequence[int]) -> list[tuple[nn.Module, dist.ProcessGroup]]:
+        """Return the modules of which other ranks have copies, each with the group of those that have one."""
+        holders: dict[str, set[int]] = {}
+        modules: dict[str, nn.Module] = {}
+        for index, layer in enumerate(self._model.layers):
+            if isinstance(layer, Tied):
+                holders.setdefault(layer.key, set()).add((bisect.bisect(bounds, index) - 1) % self._ranks)
+                modules[layer.key] = layer.module
+        found = []
+        for key, ranks in holders.items():
+            group = dist.new_group(sorted(ranks)) if len(ranks) > 1 else None  # every rank takes part in making one
+            if isinstance(group, dist.ProcessGroup) and self._rank in ranks:
+                found.append((modules[key], group))
+                for parameter in modules[key].parameters():
+                    # As in DeepSpeed's engine: what is counted once is not counted here.
+                    parameter.ds_pipe_replicated = self._rank != min(ranks)  # type: ignore[attr-defined]
+        return found
+
+    def _reduce_tied_gradients(self) -> None:
+        """Give all copies of a tied module the sum of their gradients."""
+        peers = {rank for _, group in self._tied for rank in dist.get_process_group_ranks(group)} - {self._rank}
+        with self._watch("ReduceTiedGrads", self._rank, None, sorted(peers)):
+            for module, group in self._tied:
+                for parameter in module.parameters():
+                    if parameter.grad is not None:
+                        dist.all_reduce(parameter.grad, group=group)
 
     def _prepare(self, schedule: str) -> Any:
         streams = build(schedule, self._ranks, self.batch.accumulation, len(self._stages))
@@ -290,6 +308,8 @@ class TorchPipeline:
         losses: list[torch.Tensor] = []
         unused = [None] * self.batch.accumulation  # a stage reads its labels itself
         self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
+        if self._tied:
+            self._reduce_tied_gradients()
         with self._watch("OptimizerStep", self._rank):
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -306,8 +326,8 @@ class TorchPipeline:
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of this rank's layers."""
         state: dict[str, torch.Tensor] = {}
-        for name, layer in self._layers:
-            state |= layer.state_dict(prefix=f"{name}.", keep_vars=True)
+        for span in self._spans.values():
+            state |= self._model.state(*span)
         return state
 
     def logits(self, micro_batches: Batches, count: int) -> list[torch.Tensor]:

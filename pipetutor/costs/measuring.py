@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core import records
-from pipetutor.core.partition import catalog
+from pipetutor.core.description import check_pair, known_data, known_layers
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch
-from pipetutor.options import DATASET_SIZES
 from pipetutor.processes.entry import briefly, command
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
@@ -27,6 +26,7 @@ def measure(
     micro_batch: int = 8,
     ranks: int = 2,
     *,
+    dataset: str = "synthetic",
     dropout: float | None = None,
     data_dir: str | Path = fetch.DATA_DIR,
     runs_dir: str | Path = "runs",
@@ -36,9 +36,10 @@ def measure(
     The costs hold for pipelines of as many ranks as measured; nothing is left running.
 
     Args:
-        model: ``alexnet`` or any model of ``pipetutor.core.partition.catalog()``.
-        micro_batch: images in a micro-batch.
-        ranks: processes that measure at once: the ranks that the pipeline will have.
+        model: as in ``launch``.
+        micro_batch: examples in a micro-batch.
+        ranks: processes that measure at once: the ranks that the pipeline will have. Each builds the whole model.
+        dataset: as in ``launch``: ``sums`` for a gpt.
         dropout: probability for every dropout layer; by default the model's own, and 0 turns dropout off.
         data_dir: where the data is or will be.
         runs_dir: where the directory with ``costs.json`` is made.
@@ -51,23 +52,27 @@ def measure(
     >>> costs.for_bounds([0, 16, 22]).forward  # doctest: +SKIP
     [0.057, 0.023]
     """
-    check("model", model, sorted(catalog()))
-    check("micro_batch", micro_batch, whole(1, DATASET_SIZES["synthetic"], 8))
+    check("model", model, "text")
+    check("dataset", dataset, "text")
+    layers, data = known_layers(model), known_data(dataset)
+    check_pair(model, dataset)
+    check("micro_batch", micro_batch, whole(1, data.train, 8) if data else "count")
     check("ranks", ranks, "count")
     check("dropout", dropout, "share?")
     check("data_dir", data_dir, "path")
     check("runs_dir", runs_dir, "path")
     check_network("gloo")
-    needed = COPIES * 4 * sum(layer.parameters for layer in catalog()[model])
+    needed = COPIES * 4 * sum(layer.parameters for layer in layers or ())
     free = machine.memory().free
     if ranks * needed > free:
         raise ValueError(
             f"all of {model} on each of {counted(ranks, 'rank')} takes {ranks * needed / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} are free: use {counted(max(1, free // needed), 'rank')} or a smaller model"
         )
-    fetch.prepare("synthetic", data_dir)
+    if data:
+        fetch.prepare(dataset, data_dir)
     directory = records.create(Path(runs_dir), "costs")
-    asked = {"model": model, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
+    asked = {"model": model, "dataset": dataset, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
     total = STEPS * MICRO_BATCHES
     env = cpu_environment(ranks) | {fetch.VARIABLE: str(data_dir)}
     run_job("pipetutor.costs.ranks", directory, asked, env, total, "micro-batches", _brief)

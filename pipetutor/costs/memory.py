@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipetutor.core.partition import parameters_of
 from pipetutor.costs.table import LayerCosts
 from pipetutor.options import ENGINES
 from pipetutor.schedule.orders import Instruction
@@ -75,7 +76,7 @@ def predict(
         spans = timeline.of(rank)
         stages = range(rank, len(kept), timeline.ranks)
         layers = [layer for s in stages for layer in costs.layers[bounds[s] : bounds[s + 1]]]
-        parameters = FP32 * sum(layer.parameters for layer in layers)
+        parameters = FP32 * parameters_of(layers)
         there, begun = _gradients(spans)
         after, before = spans["memory"], np.concatenate([[0.0], spans["memory"][:-1]])
         passing = max(layer.output_bytes for layer in layers) + recompute * max(saved[s] for s in stages)

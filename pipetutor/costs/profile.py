@@ -24,20 +24,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipetutor.core import records
-from pipetutor.core.partition import Layer, bounds_for, catalog, fastest
+from pipetutor.core.partition import Layer, bounds_for, fastest
 from pipetutor.core.plan import Plan
 from pipetutor.costs.measuring import measure
 from pipetutor.costs.table import FILE, LayerCosts
 from pipetutor.data import fetch
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.system import disk, machine
+from pipetutor.system.named import Named
 
 __all__ = ["choose", "costs_of", "cut", "stage_seconds", "table"]
 
 STATE_BYTES = 16  # a parameter's, in fp32: itself, its gradient, and Adam's two moments
 DTYPE = "float32"
 # The modules whose code costs depend on.
-MEASURING = ("costs/table", "costs/measuring", "costs/ranks", "core/accumulate", "core/layers", "data/loader")
+MEASURING = (
+    "costs/table",
+    "costs/measuring",
+    "costs/ranks",
+    "core/accumulate",
+    "core/layers",
+    "core/model",
+    "core/gpt",
+    "data/loader",
+    "data/text",
+)
 # What keeps torch, oneDNN and MKL from instructions that the CPU has.
 INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
 
@@ -54,23 +65,29 @@ def home() -> Path:
     return Path(tempfile.gettempdir(), f"pipetutor-{os.getuid()}")
 
 
-def cached(model: str, micro_batch: int, ranks: int, dropout: float | None = None) -> Path:
+def cached(
+    model: str, micro_batch: int, ranks: int, dropout: float | None = None, dataset: str = "synthetic"
+) -> Path:
     """Return the directory in which costs like these are kept, whether it is there or not.
 
     Args:
-        model: ``alexnet`` or any model of ``pipetutor.core.partition.catalog()``.
-        micro_batch: images in a micro-batch.
+        model: as in ``launch``.
+        micro_batch: examples in a micro-batch.
         ranks: ranks on this host.
         dropout: probability for every dropout layer; None keeps the model's own.
+        dataset: as in ``launch``.
     """
-    key = json.dumps(_key(model, micro_batch, ranks, dropout), sort_keys=True, allow_nan=False)
+    key = json.dumps(_key(model, dataset, micro_batch, ranks, dropout), sort_keys=True, allow_nan=False)
     return home() / f"{model}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _key(model: str, micro_batch: int, ranks: int, dropout: float | None) -> dict[str, object]:
+def _key(model: str, dataset: str, micro_batch: int, ranks: int, dropout: float | None) -> dict[str, object]:
     """Return all that costs depend on."""
+    own = [named for named in map(Named.parse, (model, dataset)) if named.is_own]
     return {
         "model": model,
+        "dataset": dataset,
+        "own code": [named.source_digest() for named in own],
         "micro_batch": micro_batch,
         "dropout": None if dropout is None else float(dropout),
         "ranks": ranks,
@@ -91,11 +108,11 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
-def _read(directory: Path, model: str) -> LayerCosts | None:
+def _read(directory: Path) -> LayerCosts | None:
     """Return the costs that a directory holds; None where it holds none, or none of use."""
     try:
         costs = LayerCosts.load(directory)
-        costs.for_bounds([0, len(catalog()[model])])  # refuses what is no cost
+        costs.for_bounds([0, len(costs.layers)])  # refuses what is no cost
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return costs
@@ -107,6 +124,7 @@ def costs_of(
     ranks: int,
     dropout: float | None = None,
     *,
+    dataset: str = "synthetic",
     data_dir: str | Path = fetch.DATA_DIR,
 ) -> LayerCosts:
     """Return what each layer costs on this host, from the cache, or measured into it.
@@ -114,10 +132,11 @@ def costs_of(
     Any number of processes may ask at once: one measures, with a progress bar, and the others wait for it.
 
     Args:
-        model: ``alexnet`` or any model of ``pipetutor.core.partition.catalog()``.
-        micro_batch: images in a micro-batch.
+        model: as in ``launch``.
+        micro_batch: examples in a micro-batch.
         ranks: ranks on this host, all replicas together: as many processes measure at once.
         dropout: probability for every dropout layer; None keeps the model's own.
+        dataset: as in ``launch``.
         data_dir: where the data is or will be.
 
     Raises:
@@ -127,21 +146,23 @@ def costs_of(
     >>> choose(costs_of("alexnet", 8, ranks=2), stages=2)  # doctest: +SKIP
     [0, 16, 22]
     """
-    place = cached(model, micro_batch, ranks, dropout)
+    place = cached(model, micro_batch, ranks, dropout, dataset)
     try:
-        if found := _read(place, model):
+        if found := _read(place):
             return found
         place.mkdir(parents=True, exist_ok=True)
         with fetch.locked(place.with_name(f".{place.name}.lock")):
-            if found := _read(place, model):  # another process measured while this one waited
+            if found := _read(place):  # another process measured while this one waited
                 return found
             print(
                 f"measuring what each layer of {model} costs here, once; to measure anew, delete {place}", flush=True
             )
             work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
             try:
-                measured = measure(model, micro_batch, ranks, dropout=dropout, data_dir=data_dir, runs_dir=work)
-                records.write_json(place / "key.json", _key(model, micro_batch, ranks, dropout))
+                measured = measure(
+                    model, micro_batch, ranks, dataset=dataset, dropout=dropout, data_dir=data_dir, runs_dir=work
+                )
+                records.write_json(place / "key.json", _key(model, dataset, micro_batch, ranks, dropout))
                 os.replace(measured.directory / FILE, place / FILE)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
@@ -267,6 +288,13 @@ def cut(plan: Plan, ranks: int) -> tuple[Plan, str]:
         RunFailed: see ``costs_of``.
     """
     options, micro_batches = plan.options, plan.batch.accumulation
-    costs = costs_of(options.model, plan.batch.micro, ranks, options.dropout, data_dir=options.data_dir)
+    costs = costs_of(
+        options.model,
+        plan.batch.micro,
+        ranks,
+        options.dropout,
+        dataset=options.dataset,
+        data_dir=options.data_dir,
+    )
     bounds = choose(costs, options.stages * options.chunks, micro_batches, recompute=options.recompute)
     return replace(plan, bounds=bounds), table(costs, bounds, micro_batches, recompute=options.recompute)

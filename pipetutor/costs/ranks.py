@@ -12,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipetutor.core import records
 from pipetutor.core.accumulate import accumulate_in_place
-from pipetutor.core.layers import build, join_layers
-from pipetutor.core.partition import catalog
+from pipetutor.core.model import build_model
 from pipetutor.costs.measuring import MICRO_BATCHES, STEPS
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.data import fetch, loader
@@ -42,7 +41,10 @@ Samples = dict[str, Any]  # what was measured -> its values, one for each time
 
 
 def run_micro_batch(
-    layers: Sequence[nn.Module], images: torch.Tensor, labels: torch.Tensor, loss: nn.Module
+    layers: Sequence[nn.Module],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[list[float], list[float], float]:
     """Run one micro-batch forward and backward, uncut, and read the clock between layers.
 
@@ -178,16 +180,18 @@ def wire(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return max(float(latency), 0.0), float(1 / slope) if slope > 0 else float("inf")
 
 
-def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | None, directory: Path) -> Samples:
+def _rank(
+    rank: int, ranks: int, model: str, dataset: str, micro_batch: int, dropout: float | None, directory: Path
+) -> Samples:
     """Measure in one process, while the others do the same."""
     meet(rank, ranks, directory / "store")
-    torch.manual_seed(SEED)
-    layers, loss = join_layers(build(model, dropout=dropout)), nn.CrossEntropyLoss()
+    built = build_model(model, SEED, dropout=dropout)
+    layers, loss = built.layers, built.loss_fn
     accumulate_in_place(layers)
-    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    parameters = [p for p in built.whole.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True)
-    trainset = loader.Pixels(loader.load("synthetic", True, -1, fetch.DATA_DIR))
+    trainset = loader.as_stored(loader.load(dataset, True, -1, fetch.DATA_DIR))
 
     def batches(source: Any) -> Iterator[list[torch.Tensor]]:
         order = loader.EpochSampler(source, 1, 0, SEED, loader.Position())
@@ -230,21 +234,22 @@ def _rank(rank: int, ranks: int, model: str, micro_batch: int, dropout: float | 
     return dict(samples)
 
 
-def work(directory: Path, model: str, micro_batch: int, ranks: int, dropout: float | None) -> None:
+def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int, dropout: float | None) -> None:
     """Fork the measuring ranks, and write what they found; run by ``costs.measuring`` in a process of its own."""
-    works = [functools.partial(_rank, rank, ranks, model, micro_batch, dropout, directory) for rank in range(ranks)]
+    asked = (ranks, model, dataset, micro_batch, dropout, directory)
+    works = [functools.partial(_rank, rank, *asked) for rank in range(ranks)]
     found = forked(works, directory / "logs" / "costs.log", PATIENCE_SECONDS)
 
     def median(name: str) -> Any:
         return np.median([value for samples in found for value in samples[name]], axis=0)
 
-    kinds = [layer.kind for layer in catalog()[model]]
+    about = build_model(model, held=()).about()
     later, share = median("later"), median("share")
     saving = np.clip(later - median("first"), -share * later, share * later)
     times = zip(median("forward").tolist(), later.tolist(), share.tolist(), saving.tolist(), strict=True)
     layers = [
-        LayerCost(kind, forward, (1 - weight) * backward, weight * backward, saved, **memory)
-        for kind, (forward, backward, weight, saved), memory in zip(kinds, times, found[0]["memory"], strict=True)
+        LayerCost(layer.kind, forward, (1 - weight) * backward, weight * backward, saved, **memory, tied=layer.tied)
+        for layer, (forward, backward, weight, saved), memory in zip(about, times, found[0]["memory"], strict=True)
     ]
     latency, bandwidth = wire(found[0]["transfers"]) if found[0]["transfers"] else (0.0, float("inf"))
     costs = LayerCosts(

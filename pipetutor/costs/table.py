@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pipetutor.core.partition import Layer, bounds_for
+from pipetutor.core.partition import Layer, bounds_for, parameters_of
 from pipetutor.schedule.simulate import Costs
 from pipetutor.system import disk
 from pipetutor.system.kinds import check, list_of, whole
@@ -34,6 +34,7 @@ class LayerCost:
         kept: (number, bytes) of each storage that its backward needs, parameters aside. Two layers that keep the
             same storage, as a layer's output and the next one's input, give it the same number.
         keeps_output: whether its output is such a storage, of this layer or of one before.
+        tied: what several layers have in common that hold the same parameters.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class LayerCost:
     output_bytes: int
     kept: tuple[tuple[int, int], ...]
     keeps_output: bool
+    tied: str = ""
 
     @property
     def backward(self) -> float:
@@ -71,12 +73,12 @@ class LayerCosts:
 
     Attributes:
         model: its name.
-        micro_batch: images in a micro-batch.
+        micro_batch: examples in a micro-batch.
         ranks: processes that measured at once.
         threads: of each of them.
         layers: the costs of each layer.
-        input_bytes: of a micro-batch of images.
-        load_images: seconds to load a micro-batch of images, on the first stage.
+        input_bytes: of a micro-batch of inputs, such as images.
+        load_images: seconds to load a micro-batch of inputs, on the first stage.
         load_labels: seconds to load one of labels, on the last stage.
         copy: seconds a byte, for the copy that DeepSpeed takes of each input of a stage.
         latency: seconds that the shortest message takes.
@@ -115,7 +117,7 @@ class LayerCosts:
             ValueError: the bounds do not fit the model, or ``micro_batches`` is no whole number of at least 1.
         """
         check("bounds", bounds, list_of(whole(0)))
-        kinds = [Layer(layer.kind, layer.parameters) for layer in self.layers]
+        kinds = [Layer(layer.kind, layer.parameters, layer.tied) for layer in self.layers]
         bounds = bounds_for(kinds, len(bounds) - 1, ",".join(map(str, bounds)))
         check("micro_batches", micro_batches, "count?")
         stages = [self.stage(low, high, micro_batches) for low, high in itertools.pairwise(bounds)]
@@ -152,7 +154,7 @@ class LayerCosts:
             activation_bytes=kept + (0 if layers[-1].keeps_output else layers[-1].output_bytes),
             input_bytes=received,
             output_bytes=layers[-1].output_bytes,
-            parameters=sum(layer.parameters for layer in layers),
+            parameters=parameters_of(layers),
         )
 
     def __str__(self) -> str:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from pipetutor.data.fetch import DATA_DIR, FILES, prepare
+from pipetutor.data.text import Sums
+from pipetutor.system.named import Named
 from pipetutor.system.uncompiled import torchvision
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "Pixels",
     "Position",
     "Synthetic",
+    "as_stored",
     "cifar_trainset",
     "enlarge",
+    "example",
     "load",
     "micro_batches",
 ]
@@ -53,7 +57,7 @@ class Synthetic(torchvision.datasets.CIFAR10):
     }
 
 
-DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "synthetic": Synthetic}
+IMAGES = {"cifar10": torchvision.datasets.CIFAR10, "synthetic": Synthetic}
 
 
 def load(dataset: str, train: bool, local_rank: int, data_dir: str | Path) -> Dataset[Any]:
@@ -62,22 +66,56 @@ def load(dataset: str, train: bool, local_rank: int, data_dir: str | Path) -> Da
     Hosts that share a file system wait for one another at a lock file, so one fetch serves all of them.
 
     Args:
-        dataset: ``cifar10`` or ``synthetic``.
+        dataset: ``cifar10``, ``synthetic``, ``sums``, or a function of one's own, as ``module:function``, which takes
+            ``train``.
         train: the training set, or else the test set.
         local_rank: this process's number on its host; -1 outside a job.
         data_dir: where the data is or will be.
 
     Returns:
-        (image, label) pairs; the image is a float tensor (3, 224, 224), normalised as ImageNet is.
+        (input, label) pairs. Of images, the input is a float tensor (3, 224, 224), normalised as ImageNet is; of sums,
+        both are tokens, see ``pipetutor.data.text``.
 
     Raises:
         pipetutor.data.fetch.DataError: the data cannot be had; see ``prepare``.
+        ValueError: a function of one's own is not there, fails, or returns no data set.
     """
-    if local_rank <= 0:
+    named = Named.parse(dataset)
+    found = _own(named, train) if named.is_own and local_rank <= 0 else None
+    if not named.is_own and local_rank <= 0:
         prepare(dataset, data_dir)
     if dist.is_initialized():
         dist.barrier()
-    return DATASETS[dataset](data_dir, train=train, transform=TRANSFORM)
+    if named.is_own:
+        return found or _own(named, train)
+    if dataset == "sums":
+        return Sums(data_dir, train)
+    return IMAGES[dataset](data_dir, train=train, transform=TRANSFORM)
+
+
+def _own(named: Named, train: bool) -> Dataset[Any]:
+    """Open a data set of one's own."""
+    found = named.call(train)
+    what = f"{named.text} returns a {type(found).__name__} for train={train}"
+    if not hasattr(found, "__getitem__") or not hasattr(found, "__len__") or not len(found):
+        raise ValueError(f"{what}, and must return a data set that holds (input, label) pairs: a TensorDataset, say")
+    pair = found[0]
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"{what} whose items are no (input, label) pairs, but each a {type(pair).__name__}")
+    try:
+        parts = default_collate([pair])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{what} whose items no micro-batch can be made of: {error}") from None
+    for name, part in zip(("input", "label"), parts, strict=True):
+        if not isinstance(part, torch.Tensor):
+            raise ValueError(f"{what} whose {name} is a {type(part).__name__}, and must be one tensor or a number")
+    return found
+
+
+def example(dataset: Dataset[Any], micro_batch: int) -> list[torch.Tensor]:
+    """Return inputs and labels of a micro-batch without memory, on the device ``meta``."""
+    inputs, labels = default_collate([dataset[0]])
+    return [torch.empty(micro_batch, *part.shape[1:], dtype=part.dtype, device="meta") for part in (inputs, labels)]
 
 
 def cifar_trainset(local_rank: int, dl_path: str = DATA_DIR) -> Dataset[Any]:
@@ -149,6 +187,11 @@ class Pixels(Dataset[Any]):
         return self._images[index], self.targets[index]
 
 
+def as_stored(dataset: Dataset[Any]) -> Dataset[Any]:
+    """Return images as they are stored, for a ``Loader`` to prepare a micro-batch at a time; other data as it is."""
+    return Pixels(dataset) if isinstance(dataset, torchvision.datasets.CIFAR10) else dataset
+
+
 def enlarge(images: torch.Tensor) -> torch.Tensor:
     """Do to a whole micro-batch at once what ``TRANSFORM`` does to each image, on its device, to the last bit.
 
@@ -173,16 +216,20 @@ def enlarge(images: torch.Tensor) -> torch.Tensor:
 
 
 class Labels(Dataset[Any]):
-    """The labels of a data set, each in the image's place as well: all that a stage other than the first needs."""
+    """The labels of a data set, each in the input's place as well: all that a stage other than the first needs."""
 
     def __init__(self, dataset: Dataset[Any]):
-        self.targets = dataset.targets  # type: ignore[attr-defined]
+        self._dataset = dataset
+        # A data set of one's own may call something else by this name.
+        ours = isinstance(dataset, torchvision.datasets.CIFAR10 | Pixels | Sums)
+        self._targets = dataset.targets if ours else None  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self._dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        return self.targets[index], self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        label = self._dataset[index][1] if self._targets is None else self._targets[index]
+        return label, label
 
 
 class Loader:
@@ -191,11 +238,11 @@ class Loader:
     torch's own random numbers are left alone. Workers load ahead for a GPU only; on a CPU they would take its cores.
 
     Args:
-        dataset: (image, label) pairs.
+        dataset: (input, label) pairs.
         sampler: the order of their indices.
-        micro_batch: images in each micro-batch.
+        micro_batch: examples in each micro-batch.
         device: where they are needed.
-        dtype: of the images.
+        dtype: of inputs that are no whole numbers.
     """
 
     def __init__(
@@ -207,7 +254,7 @@ class Loader:
         dtype: torch.dtype = torch.float32,
     ):
         cuda = device.type == "cuda"
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._pixels = device, dtype, isinstance(dataset, Pixels)
         self._batches = DataLoader(
             dataset,
             batch_size=micro_batch,
@@ -220,10 +267,10 @@ class Loader:
         )
 
     def _ready(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:
-        images, labels = (part.to(self._device, non_blocking=True) for part in batch)
-        if images.dtype == torch.uint8:
-            images = enlarge(images)
-        return [images.to(self._dtype) if images.is_floating_point() else images, labels]
+        inputs, labels = (part.to(self._device, non_blocking=True) for part in batch)
+        if self._pixels:
+            inputs = enlarge(inputs)
+        return [inputs.to(self._dtype) if inputs.is_floating_point() else inputs, labels]
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         return map(self._ready, self._batches)  # no generator, which would hold on to the last micro-batch
@@ -245,17 +292,17 @@ def micro_batches(
     once, and a smaller one ends it.
 
     Args:
-        dataset: (image, label) pairs.
-        micro_batch: images in each.
+        dataset: (input, label) pairs.
+        micro_batch: examples in each.
         replicas: data-parallel copies R.
         replica: which of them this is.
         seed: of the order.
         device: where training happens.
-        start: where to begin; at the first pass's first image where it is not given.
-        dtype: of the images.
+        start: where to begin; at the first pass's first example where it is not given.
+        dtype: of inputs that are no whole numbers.
 
     Returns:
-        Yields [images (micro_batch, 3, 224, 224), labels (micro_batch)].
+        Yields [inputs, labels], such as of images (micro_batch, 3, 224, 224) and (micro_batch).
     """
     from deepspeed.utils import RepeatingLoader  # here, so that a notebook can look at data without DeepSpeed
 

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.core.partition import catalog
 from pipetutor.core.records import Run
 from pipetutor.costs.table import LayerCosts
 from pipetutor.figures.picture import COLOURS, HATCHES, STYLES, Picture, brief, in_our_style, plain
@@ -93,7 +92,7 @@ def stages(run: Run) -> Figure:
     Args:
         run: a pipeline run.
     """
-    parameters = [layer.parameters / 1e6 for layer in catalog()[run.details["model"]]]
+    parameters = [number / 1e6 for number in run.details["parameters"]]
     figure = Picture(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
     chunked = len(run.bounds) - 1 > run.stages

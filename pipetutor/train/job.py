@@ -91,7 +91,7 @@ def main() -> None:
         if directory and rank == 0:
             run = records.Run.load(directory)
             result = {"loss": run.losses[-1], "images_per_second": run.samples_per_second} if run.losses else {}
-            accuracy = {"accuracy": run.accuracy} if run.evaluations else {}
+            accuracy = {"accuracy": run.evaluations[-1]["accuracy"]} if run.evaluations else {}
             records.close(directory, "finished", result=result | accuracy)
     except Exception as error:
         if directory:

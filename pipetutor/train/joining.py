@@ -4,10 +4,13 @@ What is wrong is said here, before a model is built or the other ranks are met.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from pipetutor.core import checkpoint, records
 from pipetutor.core.plan import Plan
 from pipetutor.costs import profile
 from pipetutor.data import fetch
+from pipetutor.describe import describe_here
 from pipetutor.options import PROFILE, Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.environment import free_port
@@ -23,6 +27,7 @@ from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
 from pipetutor.system.machine import cpu_cores, versions
+from pipetutor.system.named import Named
 from pipetutor.weights import check_weights
 
 __all__ = []
@@ -37,11 +42,25 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Check the arguments against this job and this host; see ``preflight``."""
     ranks, here = int(os.environ.get("WORLD_SIZE", "1")), _local_ranks()
     check("--master_port", int(os.environ.get("MASTER_PORT", "29500")), whole(1, 65535, 29501))
-    plan = preflight(Options.from_command_line(args, ranks), World(ranks, here, gpus(here)))
+    options = Options.from_command_line(args, ranks)
+    with _one_by_one(options):
+        about = describe_here(options)
+    plan = preflight(options, World(ranks, here, gpus(here)), about)
     # The files of a host are those of all its ranks: its first rank looks.
     if plan.options.weights and os.environ.get("LOCAL_RANK", "0") == "0":
         check_weights(plan.options.model, plan.options.weights)
     return plan
+
+
+@contextlib.contextmanager
+def _one_by_one(options: Options) -> Iterator[None]:
+    """Have a host's ranks call code of one's own one after the other: a data set may download at its first call."""
+    if not Named.parse(options.dataset).is_own:
+        yield
+        return
+    place = Path(tempfile.gettempdir(), f"pipetutor-{os.getuid()}-{Named.parse(options.dataset).module}.lock")
+    with fetch.locked(place):
+        yield
 
 
 def with_bounds(plan: Plan) -> tuple[Plan, str]:
@@ -54,6 +73,9 @@ def what_must_agree(plan: Plan) -> dict[str, Any]:
     options = plan.options
     found = options.common() | {f"{name} of the config": value for name, value in plan.config.items()}
     found |= {f"version of {name}": value for name, value in versions().items()}
+    for name, text in {"model": options.model, "data set": options.dataset}.items():
+        if (named := Named.parse(text)).is_own:
+            found[f"code of the {name}"] = named.source_digest()
     if options.resume:
         found["checkpoint"] = checkpoint.read_manifest(checkpoint.find(options.resume))["files"]
     if options.weights and os.environ["LOCAL_RANK"] == "0":
@@ -133,6 +155,6 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, str]:
     elif options.save_every or options.trace:
         flag = "--save-every" if options.save_every else "--trace"
         raise ValueError(f"{flag} needs a place to write to: give --run-dir, too")
-    if options.local_rank == 0:
+    if options.local_rank == 0 and not Named.parse(options.dataset).is_own:
         fetch.prepare(options.dataset, options.data_dir)
     return with_bounds(plan) if os.environ["RANK"] == "0" else (plan, "")  # the first rank's bounds are everybody's

@@ -6,19 +6,19 @@ What stands around a step, the same for both, is in ``pipetutor.core.loop``.
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pipetutor.core.deepspeed_engines import DataParallel, Pipeline
 from pipetutor.core.engine import Batches, own_device
-from pipetutor.core.layers import build
 from pipetutor.core.loop import Loop
+from pipetutor.core.model import Model, build_model
 from pipetutor.core.observer import Observer
-from pipetutor.core.partition import bounds_for, catalog
+from pipetutor.core.partition import bounds_for
 from pipetutor.core.plan import Plan
 from pipetutor.options import Options, add_options
 from pipetutor.processes.faults import Fault, Injector
@@ -40,7 +40,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         ValueError: a flag is unknown, or its value has the wrong type.
     """
-    about = "train AlexNet, or another model of torchvision, in a pipeline"
+    about = "train AlexNet, or another model, in a pipeline"
     # Both DeepSpeed and the options have --deepspeed_config: the later one takes the other's place.
     parser = Parser(prog="pipetutor.train", description=about, conflict_handler="resolve")
     return add_options(deepspeed.add_config_arguments(parser)).parse_args(argv)
@@ -51,8 +51,9 @@ def _agreed(args: argparse.Namespace) -> Plan:
     return getattr(args, "plan", None) or with_bounds(make_plan(args))[0]
 
 
-def _model(options: Options) -> nn.Module:
-    model = build(options.model, dropout=options.dropout)
+def _model(options: Options, held: Sequence[range] | None = None) -> Model:
+    """Build the model, or the layers that a rank holds: with the same weights, whoever holds them."""
+    model = build_model(options.model, options.seed, dropout=options.dropout, held=held)
     if options.weights:
         load_weights(model, options.weights)
     return model
@@ -79,10 +80,10 @@ def train_base(args: argparse.Namespace) -> Any:
         The DeepSpeed engine, trained for ``args.steps`` train batches.
     """
     plan = _agreed(args)
-    torch.manual_seed(args.seed)
     observers = _observers(plan.options)
-    base = DataParallel(_model(plan.options), plan.config)
-    engine, criterion = base.deepspeed, nn.CrossEntropyLoss()
+    model = _model(plan.options)
+    base = DataParallel(model, plan.config)
+    engine, criterion = base.deepspeed, model.loss_fn
     accumulation = engine.gradient_accumulation_steps()
 
     def train_batch(micro_batches: Batches) -> torch.Tensor:
@@ -103,8 +104,7 @@ def train_base(args: argparse.Namespace) -> Any:
 def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     """Train in ``args.pipeline_parallel_size`` stages; the ranks beyond one pipeline are replicas of it.
 
-    Every rank builds the whole model from the same seed and keeps its own stage, so the initial weights
-    do not depend on the number of stages.
+    Every rank builds its own stage alone, with weights that do not depend on the number of stages.
 
     Args:
         args: from ``get_args``.
@@ -116,19 +116,19 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     plan = _agreed(args)
     options, bounds = plan.options, plan.bounds
     if part != "parameters":
-        bounds = bounds_for(catalog()[options.model], options.stages * options.chunks, part)
-    deepspeed.runtime.utils.set_random_seed(args.seed)
-    observers, criterion = _observers(options), nn.CrossEntropyLoss()
+        bounds = bounds_for(plan.layers, options.stages * options.chunks, part)
+    observers, rank = _observers(options), dist.get_rank()
+    first = rank if options.engine == "torch" else rank // plan.batch.replicas
+    stages = range(first, len(bounds) - 1, options.stages)
+    model = _model(options, [range(bounds[stage], bounds[stage + 1]) for stage in stages])
     if options.engine == "torch":
         from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
 
-        engine = TorchPipeline(
-            _model(options), options.schedule, bounds, plan.config, options.recompute, loss_fn=criterion
-        )
+        shape, dtype = (plan.batch.micro, *plan.data.shape), getattr(torch, plan.data.dtype)
+        inputs = torch.empty(shape, dtype=dtype, device="meta")
+        engine = TorchPipeline(model, options.schedule, bounds, plan.config, inputs, options.recompute)
         Loop(plan, engine, observers).run(engine.train_batch)
         return engine
-    cut = ",".join(map(str, bounds))
-    # The model has no name here, which would keep the layers of all stages.
-    pipe = Pipeline(_model(options), options.stages, cut, plan.config, options.recompute, loss_fn=criterion)
+    pipe = Pipeline(model, options.stages, ",".join(map(str, bounds)), plan.config, options.recompute)
     Loop(plan, pipe, observers).run(pipe.train_batch)
     return pipe.deepspeed

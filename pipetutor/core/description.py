@@ -1,0 +1,114 @@
+"""What is known of a model and a data set ahead of any rank: the layers to cut, the examples to share. No torch.
+
+For names of ours that stands in tables and closed forms. A model or a data set of one's own is code, which has to run:
+``pipetutor.describe`` does so in a process of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipetutor.core.gpt_sizes import gpt_sizes
+from pipetutor.core.partition import Layer, catalog
+from pipetutor.data.sums import ALPHABET, LENGTH
+from pipetutor.system.kinds import closest
+from pipetutor.system.named import FORM, Named
+
+__all__ = ["DATASETS", "Data", "Description", "known_data", "known_layers"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of a data set.
+
+    Attributes:
+        train: examples to learn from.
+        test: examples to evaluate on.
+        shape: of one input.
+        dtype: of it, as torch calls it.
+    """
+
+    train: int
+    test: int
+    shape: Sequence[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a run's model and data; see ``known_layers`` and ``Data``."""
+
+    layers: Sequence[Layer]
+    data: Data
+
+
+IMAGE = (3, 224, 224)
+DATASETS = {
+    "synthetic": Data(2_000, 500, IMAGE, "float32"),
+    "cifar10": Data(50_000, 10_000, IMAGE, "float32"),
+    "sums": Data(9_000, 1_000, (LENGTH,), "int64"),
+}
+
+
+def known_layers(model: str) -> Sequence[Layer] | None:
+    """Return the layers of a model of ours; None for a function of one's own.
+
+    Raises:
+        ValueError: there is no such model, or it takes no such arguments.
+
+    >>> len(known_layers("gpt:layers=2"))
+    6
+    """
+    named = Named.parse(model)
+    if named.is_own:
+        return None
+    if named.name == "gpt":
+        try:
+            return gpt_sizes(**named.arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"{model}: {error}; a gpt takes layers, width, heads, vocabulary, length, dropout"
+            ) from None
+    if named.name not in catalog():
+        close = closest(named.name, [*catalog(), "gpt"], 0.5)
+        hint = f"did you mean {close!r}? " if close else ""
+        raise ValueError(
+            f"there is no model {model!r}: {hint}give gpt, a function of your own ({FORM}), or a torchvision model that "
+            f"is a chain of blocks: {', '.join(sorted(catalog()))}"
+        )
+    if named.arguments:
+        raise ValueError(f"{model}: {named.name} takes no arguments; gpt does, and functions of your own")
+    return catalog()[named.name]
+
+
+def known_data(dataset: str) -> Data | None:
+    """Return what is known of a data set of ours; None for a function of one's own.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    named = Named.parse(dataset)
+    if named.is_own:
+        return None
+    if named.name not in DATASETS or named.arguments:
+        raise ValueError(
+            f"there is no data set {dataset!r}: give {', '.join(DATASETS)}, or a function of your own ({FORM})"
+        )
+    return DATASETS[named.name]
+
+
+def check_pair(model: str, dataset: str) -> None:
+    """Raise ValueError where a model of ours cannot read a data set of ours."""
+    named = Named.parse(model)
+    if named.is_own or Named.parse(dataset).is_own:
+        return
+    text = dataset == "sums"
+    if (named.name == "gpt") != text:
+        raise ValueError(
+            f"{named.name} reads {'images' if text else 'tokens'}, and {dataset} holds {'tokens' if text else 'images'}: "
+            f"give it {'synthetic (--dataset synthetic)' if text else 'sums (--dataset sums)'}, or data of your own"
+        )
+    if text:
+        least = {"vocabulary": len(ALPHABET), "length": LENGTH}
+        for name, needed in least.items():
+            if named.arguments.get(name, needed) < needed:
+                raise ValueError(f"{model}: sums need a {name} of at least {needed}")

@@ -1,0 +1,159 @@
+"""What a model or a data set is called: a name of ours, or a function of one's own, with arguments behind it.
+
+    alexnet    gpt    gpt:layers=8,width=256    mymodels:mlp    mymodels:mlp:hidden=64
+
+A function is imported from the working directory first, as from a file beside a notebook. No torch of its own.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipetutor.system.kinds import shown
+
+__all__ = ["Named"]
+
+FORM = "module:function, or module:function:key=value,key=value"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A name, taken apart.
+
+    Attributes:
+        text: as it was given.
+        module: where the function is; empty for a name of ours.
+        name: of the function, or the name of ours.
+        arguments: by their names.
+    """
+
+    text: str
+    module: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Named":
+        """Take a name apart.
+
+        Raises:
+            ValueError: it is not of the form.
+
+        >>> Named.parse("gpt:layers=8").arguments
+        {'layers': 8}
+        """
+        *parts, last = text.split(":")
+        arguments = {}
+        if "=" in last:
+            for pair in last.split(","):
+                key, equals, value = (part.strip() for part in pair.partition("="))
+                if not equals or not key.isidentifier() or not value:
+                    raise ValueError(f"{shown(text)}: {shown(pair)} is no key=value, as in gpt:layers=8,width=256")
+                if key in arguments:
+                    raise ValueError(f"{shown(text)}: {key} is given twice")
+                arguments[key] = _value(value)
+        else:
+            parts.append(last)
+        if len(parts) not in (1, 2) or not all(re.fullmatch(r"[^\W\d][\w.-]*", part) for part in parts):
+            raise ValueError(f"{shown(text)} is neither a name nor a function: it must be {FORM}")
+        return cls(text, parts[0] if len(parts) == 2 else "", parts[-1], arguments)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a function of one's own."""
+        return bool(self.module)
+
+    def function(self) -> Callable[..., Any]:
+        """Import the function.
+
+        Raises:
+            ValueError: there is no such module or function in it, the module cannot be imported, or the function
+                does not take the arguments; the message says which, and where it was looked for.
+        """
+        here = os.getcwd()
+        sys.path.insert(0, here)
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name and (self.module == error.name or self.module.startswith(f"{error.name}.")):
+                raise ValueError(self._missing()) from None
+            raise ValueError(f"{self.text}: {_told(error)}") from None
+        except Exception as error:
+            raise ValueError(f"{self.text}: {_told(error)}") from None
+        finally:
+            sys.path.remove(here)
+        found = getattr(module, self.name, None)
+        if not callable(found):
+            there = ", ".join(name for name, one in vars(module).items() if _is_of(one, module)) or "none"
+            raise ValueError(f"{self.text}: {self.module} has no function {self.name}; it has {there}")
+        return found
+
+    def call(self, *given: Any) -> Any:
+        """Call the function with these values and its own arguments.
+
+        Raises:
+            ValueError: see ``function``; it does not take these; or it fails.
+        """
+        function = self.function()
+        try:
+            inspect.signature(function).bind(*given, **self.arguments)
+        except TypeError as error:
+            raise ValueError(f"{self.text}: {self.name}{inspect.signature(function)}: {error}") from None
+        try:
+            return function(*given, **self.arguments)
+        except Exception as error:
+            raise ValueError(f"{self.text}: {_told(error)}") from None
+
+    def source_digest(self) -> str:
+        """Return a sum of the module's file, so that hosts and caches tell one version from another.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        here = os.getcwd()
+        sys.path.insert(0, here)
+        try:
+            spec = importlib.util.find_spec(self.module)  # which runs nothing of it
+        except ModuleNotFoundError:
+            spec = None
+        finally:
+            sys.path.remove(here)
+        if spec is None or not spec.origin:
+            raise ValueError(self._missing())
+        return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+    def _missing(self) -> str:
+        path = Path(os.getcwd(), *self.module.split("."))
+        return f"{self.text}: there is no module {self.module}: neither {path}.py nor an installed one; give {FORM}"
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _is_of(one: Any, module: Any) -> bool:
+    return inspect.isfunction(one) and one.__module__ == module.__name__
+
+
+def _told(error: Exception) -> str:
+    """Say in a line what went wrong, and where, in a file that is not of this package."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    places = [place for place in traceback.extract_tb(error.__traceback__) if not place.filename.startswith("<")]
+    theirs = [place for place in places if not place.filename.startswith(str(Path(__file__).parents[1]))]
+    place = (theirs or places)[-1]
+    where = f"{place.filename}, line {place.lineno}"
+    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
