@@ -18,7 +18,7 @@ DIGITS = 2
 ANSWER = DIGITS + 1  # characters of each answer
 LENGTH = len("37+85=122") - 1  # tokens of each input: the last character of a sum is only ever predicted
 ALPHABET = "0123456789+="
-TEST = 500  # pairs that are held out, each in both orders
+TEST = 2_500  # pairs that are held out, each in both orders
 SEED = 1138
 
 
