@@ -1,7 +1,7 @@
 """What is known of a model and a data set ahead of any rank: the layers to cut, the examples to share. No torch.
 
-For names of ours that stands in tables and closed forms. A model or a data set of one's own is code, which has to run:
-``pipetutor.describe`` does so in a process of its own.
+For names of ours that stands in tables and closed forms. A model or a data set of one's own is code, which has to
+run: ``pipetutor.describe`` does so in a process of its own.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ IMAGE = (3, 224, 224)
 DATASETS = {
     "synthetic": Data(2_000, 500, IMAGE, "float32"),
     "cifar10": Data(50_000, 10_000, IMAGE, "float32"),
-    "sums": Data(9_000, 1_000, (LENGTH,), "int64"),
+    "sums": Data(5_000, 5_000, (LENGTH,), "int64"),
 }
 
 
@@ -72,8 +72,8 @@ def known_layers(model: str) -> Sequence[Layer] | None:
         close = closest(named.name, [*catalog(), "gpt"], 0.5)
         hint = f"did you mean {close!r}? " if close else ""
         raise ValueError(
-            f"there is no model {model!r}: {hint}give gpt, a function of your own ({FORM}), or a torchvision model that "
-            f"is a chain of blocks: {', '.join(sorted(catalog()))}"
+            f"there is no model {model!r}: {hint}give gpt, a function of your own ({FORM}), or a torchvision model "
+            f"that is a chain of blocks: {', '.join(sorted(catalog()))}"
         )
     if named.arguments:
         raise ValueError(f"{model}: {named.name} takes no arguments; gpt does, and functions of your own")
@@ -103,8 +103,9 @@ def check_pair(model: str, dataset: str) -> None:
         return
     text = dataset == "sums"
     if (named.name == "gpt") != text:
+        reads, holds = ("images", "tokens") if text else ("tokens", "images")
         raise ValueError(
-            f"{named.name} reads {'images' if text else 'tokens'}, and {dataset} holds {'tokens' if text else 'images'}: "
+            f"{named.name} reads {reads}, and {dataset} holds {holds}: "
             f"give it {'synthetic (--dataset synthetic)' if text else 'sums (--dataset sums)'}, or data of your own"
         )
     if text:

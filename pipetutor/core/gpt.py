@@ -66,7 +66,8 @@ class Attention(nn.Module):
         """Return (N, T, width) for (N, T, width)."""
         # (N, T, 3, heads, width of a head) becomes three of (N, heads, T, width of a head).
         split = self.queries_keys_values(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(*split.unbind(), is_causal=True)
+        queries, keys, values = split.unbind()
+        mixed = scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 

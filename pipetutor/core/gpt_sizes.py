@@ -41,7 +41,7 @@ def gpt_sizes(
         check(name, value, "count", "gpt: ")
     check("dropout", dropout, "share", "gpt: ")
     if width % heads:
-        raise ValueError(f"gpt: width {width} is no multiple of heads {heads}: {width - width % heads or heads} is")
+        raise ValueError(f"gpt: width {width} is no multiple of heads {heads}: {width + -width % heads} is, say")
     embedding = Layer("Embedding", vocabulary * width, "embedding")
     block = Layer("Block", 12 * width**2 + 13 * width)
     return [

@@ -6,8 +6,8 @@ keeps any memory: as soon as one is registered, torch's ``meta`` device takes it
     rank 0      Embedding  Block    .         .            . on meta: a shape, and no numbers
     rank 1          .        .    Block   Embedding          the tied copy begins as the first one does
 
-Each random draw of that code has a seed of its own, made of the run's seed and of how many draws there were before. So
-the weights of a layer do not depend on who builds what, nor on the number of stages.
+Each random draw of that code has a seed of its own, made of the run's seed and of how many draws there were before.
+So the weights of a layer do not depend on who builds what, nor on the number of stages.
 """
 
 import itertools
@@ -122,7 +122,7 @@ class Model:
         return found
 
     def state(self, low: int = 0, high: int | None = None) -> dict[str, torch.Tensor]:
-        """Return the parameters and buffers of the layers low ... high-1, by the names that ``whole`` has for them."""
+        """Return the parameters and buffers of the layers low ... high-1, by their names in ``whole``."""
         state: dict[str, torch.Tensor] = {}
         for name, layer in zip(self.names[low:high], self.layers[low:high], strict=True):
             state |= owner(layer).state_dict(prefix=f"{name}." if name else "", keep_vars=True)
@@ -263,8 +263,8 @@ def _layer(where: str, layer: Any, shared: dict[str, nn.Module]) -> nn.Module:
         there, tied = dict(module.named_parameters()).keys(), set(layer.tied_weight_attr)
         if there != tied:
             raise ValueError(
-                f"{where}: {type(module).__name__} has the parameters {', '.join(there)}, and {', '.join(sorted(tied))} "
-                f"is tied: tie all of them (tied_weight_attr={sorted(there)}), and keep others in a layer of their own"
+                f"{where}: {type(module).__name__} has the parameters {', '.join(there)}, and tied are "
+                f"{', '.join(sorted(tied))}: tie all of them (tied_weight_attr={sorted(there)}), or make them layers of their own"
             )
         return Tied(layer.key, module, layer.forward_fn)
     if isinstance(layer, LayerSpec):

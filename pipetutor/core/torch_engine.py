@@ -98,7 +98,12 @@ class _Stage(PipelineStage):
     """A stage that reads its micro-batches when it comes to them, and whose computations can be observed."""
 
     def __init__(
-        self, source: _Source, watch: _Watch, micro_batches: int, loss_fn: Callable[..., torch.Tensor], *args: Any
+        self,
+        source: _Source,
+        watch: _Watch,
+        micro_batches: int,
+        loss_fn: Callable[..., torch.Tensor],
+        *args: Any,
     ):
         super().__init__(*args)
         self._source, self._watch, self._micro_batches, self._loss_fn = source, watch, micro_batches, loss_fn

@@ -73,8 +73,8 @@ def load(dataset: str, train: bool, local_rank: int, data_dir: str | Path) -> Da
         data_dir: where the data is or will be.
 
     Returns:
-        (input, label) pairs. Of images, the input is a float tensor (3, 224, 224), normalised as ImageNet is; of sums,
-        both are tokens, see ``pipetutor.data.text``.
+        (input, label) pairs. Of images, the input is a float tensor (3, 224, 224), normalised as ImageNet is; of
+        sums, both are tokens, see ``pipetutor.data.text``.
 
     Raises:
         pipetutor.data.fetch.DataError: the data cannot be had; see ``prepare``.
