@@ -9,7 +9,7 @@ The runtime is private in torch 2.15 (``_PipelineScheduleRuntime``), and this is
 Sends and receives run in the background, on gloo's own thread; a rank waits for a message only where it needs it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -23,8 +23,9 @@ from torch.distributed.pipelining import schedules as runtime
 
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
+from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.deepspeed_engines import optimizer_config
-from pipetutor.core.engine import After, Batches, Before, others, own_device
+from pipetutor.core.engine import After, Batches, Before, Kept, others, own_device
 from pipetutor.core.layers import join_layers, layer_names
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import Instruction, build
@@ -226,6 +227,7 @@ class TorchPipeline:
             self._stages[stage] = _Stage(*told, *about)
         parameters = [p for _, layer in self._layers for p in layer.to(self.device).parameters()]
         self.optimizer = build_optimizer(config, parameters)
+        self._clip = config.get("gradient_clipping", 0.0)
         self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}
         self._runtime = self._prepare(schedule)
 
@@ -290,7 +292,10 @@ class TorchPipeline:
         losses: list[torch.Tensor] = []
         unused = [None] * self.batch.accumulation  # a stage reads its labels itself
         self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
-        with self._watch("OptimizerStep", self._rank):
+        with self._watch("OptimizerStep", self._rank, None, others() if self._clip else ()):
+            if self._clip:
+                (trained,) = self.optimizer.param_groups
+                clip_gradients(trained["params"], self._clip, self.device, dist.group.WORLD)
             self.optimizer.step()
             self.optimizer.zero_grad()
         source = self._last % self._ranks
@@ -314,6 +319,10 @@ class TorchPipeline:
         """Refuse: preflight lets no run of this engine evaluate."""
         raise NotImplementedError("torch's pipeline trains; DeepSpeed's evaluates")
 
-    def resumed(self, step: int) -> None:
+    def kept(self) -> Iterator[Kept]:
+        """Refuse: preflight lets no run of this engine save."""
+        raise NotImplementedError("torch's pipeline keeps nothing; DeepSpeed's saves")
+
+    def load(self, kept: Iterable[Kept], step: int) -> None:
         """Refuse: preflight lets no run of this engine resume."""
         raise NotImplementedError("torch's pipeline starts anew; DeepSpeed's resumes")
