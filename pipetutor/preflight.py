@@ -164,12 +164,12 @@ def _check_optimizer(options: Options, config: dict[str, Any]) -> None:
         )
     if options.resume is None and options.save_every is None:
         return
-    if (name := dtype_of(config)) != "fp32":
-        raise ValueError(f"{name} cannot be saved or resumed: its optimizer keeps copies without names; use fp32")
-    if zero_stage:
+    if dtype_of(config) == "fp16":
+        raise ValueError("fp16 cannot be saved or resumed: its loss scale would start anew; use fp32 or bf16")
+    if zero_stage == 3:
         raise ValueError(
-            f"zero_optimization stage {zero_stage} cannot be saved or resumed: it splits each optimizer tensor over "
-            "replicas; use stage 0"
+            "zero_optimization stage 3 cannot be saved or resumed: it splits the model's weights over replicas; use "
+            "stage 2, 1 or 0"
         )
 
 
@@ -271,6 +271,7 @@ def _check_torch_runs(options: Options, batch: Batch, config: dict[str, Any]) ->
     if batch.replicas > 1:
         raise ValueError(f"engine 'torch' runs 1 replica, not {batch.replicas}: {DEEPSPEED} runs more")
     known = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
+    known.add("gradient_clipping")
     asked = [name for name in ("eval_every", "save_every", "resume") if getattr(options, name) is not None]
     for name in (*config, *asked):
         if name not in known:

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pipetutor.core.engine import Engine
+    from pipetutor.core.engine import Engine, Kept
 
 KEEP = 2  # AlexNet with Adam is 0.7 GB a checkpoint
 MANIFEST = "checkpoint.json"
@@ -163,17 +164,6 @@ def check_fits(manifest: dict[str, Any], wanted: dict[str, Any], steps: int) -> 
         )
 
 
-def _optimizer_state(engine: "Engine", state: dict[str, Any]) -> dict[str, Any]:
-    """Return the optimizer's tensors by name: ``optimizer.features.0.weight.exp_avg`` and so on."""
-    kept = engine.optimizer.state
-    return {
-        f"optimizer.{name}.{part}": value
-        for name, parameter in state.items()
-        for part, value in kept.get(parameter, {}).items()
-        if value is not None
-    }
-
-
 def _random_state(rank: int) -> dict[str, Any]:
     import torch
 
@@ -206,9 +196,10 @@ def save(engine: "Engine", directory: Path, manifest: dict[str, Any]) -> None:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = engine.state()
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
-    tensors |= _optimizer_state(engine, state) | _random_state(rank)
+    tensors = _random_state(rank)
+    for name, weight, parts in engine.kept():
+        tensors[f"model.{name}"] = weight
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # of replicas that differ, the first
     dcp.save(tensors, storage_writer=writer, planner=planner)
@@ -286,34 +277,39 @@ def restore(engine: "Engine", path: Path, manifest: dict[str, Any], topology: di
     import torch
     import torch.distributed as dist
 
-    state = engine.state()
+    rank = dist.get_rank()
     stored = stored_tensors(path)
-    kept = {name: empty for name, empty in stored.items() if _parameter_of(name) in state}
-    mine = {name: empty for name, empty in stored.items() if name.startswith(f"random.{dist.get_rank()}.")}
+    mine = {name: empty for name, empty in stored.items() if name.startswith(f"random.{rank}.")}
     lost = ""
     if any(manifest[name] != count for name, count in topology.items()):
         lost = "another topology than that of the checkpoint"
-    elif mine.keys() != _random_state(dist.get_rank()).keys():
+    elif mine.keys() != _random_state(rank).keys():
         lost = "another kind of device than that of the checkpoint"
     if lost:
         mine = {}
-    load_tensors(path, {f"model.{name}": tensor.detach() for name, tensor in state.items()} | kept | mine)
-    fused = engine.optimizer.param_groups[0].get("fused")
-    for name, value in kept.items():
-        parameter = state[_parameter_of(name)]
-        # torch keeps an optimizer's count of steps on the CPU, unless its kernel is fused.
-        value = value.to(parameter.device) if value.dim() or fused else value
-        engine.optimizer.state[parameter][name.rsplit(".", 1)[1]] = value
+    engine.load(_kept(path, stored, engine.state()), manifest["step"])
     if "scheduler" in manifest and engine.scheduler:
         engine.scheduler.load_state_dict(manifest["scheduler"])
         for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
             group["lr"] = lr  # which the schedule would only set after the next step
-    engine.resumed(manifest["step"])
+    load_tensors(path, mine)
     for name, value in mine.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
     return lost
 
 
-def _parameter_of(name: str) -> str:
-    """Return ``features.0.weight`` for ``optimizer.features.0.weight.exp_avg``; empty for what is no such name."""
-    return name.removeprefix("optimizer.").rsplit(".", 1)[0] if name.startswith("optimizer.") else ""
+def _kept(path: Path, stored: dict[str, Any], wanted: Iterable[str]) -> Iterator["Kept"]:
+    """Read what a checkpoint keeps of these tensors, one after another, so that no more is in memory at a time."""
+    from pipetutor.core.engine import Kept
+
+    for name in wanted:
+        parts = {key: empty for key, empty in stored.items() if _tensor_of(key) == name}
+        load_tensors(path, parts)
+        weight = parts.pop(f"model.{name}")
+        yield Kept(name, weight, {key.rsplit(".", 1)[1]: value for key, value in parts.items()})
+
+
+def _tensor_of(key: str) -> str:
+    """Return ``features.0.weight`` for ``model.features.0.weight`` and ``optimizer.features.0.weight.exp_avg``."""
+    kind, _, name = key.partition(".")
+    return {"model": name, "optimizer": name.rpartition(".")[0]}.get(kind, "")

@@ -6,8 +6,9 @@ before the engine executes it.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -18,9 +19,11 @@ from torch import nn
 
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
+from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.config import dtype_of
-from pipetutor.core.engine import After, Batches, Before, others, say
+from pipetutor.core.engine import After, Batches, Before, Kept, others, say
 from pipetutor.core.model import Model, Tied
+from pipetutor.core.pieces import NUMBERS, piece_of
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import PARTNERS, Instruction
 
@@ -89,8 +92,7 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
     What DeepSpeed 0.19.8 would do otherwise, and what is done about it:
 
     - It takes another Adam: see ``optimizer_config``.
-    - It clips gradients to a norm of 1 when nobody asked, and takes that norm over each stage alone: the
-      losses of a pipeline would depend on its cut. Clipping is off unless the config asks for it.
+    - It clips gradients to a norm of 1 when nobody asked. Clipping is off unless the config asks for it.
     - In bf16 and fp16 it leaves buffers in fp32, and torch's batch normalisation takes no weights of another dtype
       than its running statistics. They become what the weights are.
     - ``wall_clock_breakdown`` ends its pipeline engine ("timer has already been started"). It is left out.
@@ -98,8 +100,6 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
     """
     config = {"gradient_clipping": 0.0} | config
     config["steps_per_print"] = None
-    if stages > 1 and config["gradient_clipping"]:
-        say("gradient_clipping: DeepSpeed clips each stage by its own norm, so the losses depend on the cut")
     config["optimizer"] = optimizer_config(config)
     if (dtype := dtype_of(config)) != "fp32":
         config["data_types"] = {"buffer_dtype": dtype} | config.get("data_types", {})
@@ -108,7 +108,7 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
     return config
 
 
-class _DeepSpeed:
+class _DeepSpeed(ABC):
     """What both have in common.
 
     Attributes:
@@ -127,9 +127,35 @@ class _DeepSpeed:
             # To add them up over one replica, it would copy all gradients into one tensor and back.
             name = "pipeline_enable_backward_allreduce" if stages else "enable_backward_allreduce"
             setattr(self.deepspeed, name, False)
+        # DeepSpeed's own optimizer, that of ZeRO or of 16 bits, takes a norm over all ranks and shares weights out.
+        self._steps_together = not isinstance(self.optimizer, torch.optim.Optimizer)
 
-    def resumed(self, step: int) -> None:
-        """Go on from a checkpoint that stands after a step."""
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that this rank holds."""
+
+    def kept(self) -> Iterator[Kept]:
+        """Put together what the optimizer keeps in pieces, one tensor after another."""
+        states = self.optimizer.state
+        for number, (name, tensor) in enumerate(self.state().items()):
+            piece = piece_of(self.optimizer, tensor)
+            state = {part: value for part, value in states.get(piece.trained, {}).items() if value is not None}
+            parts = {part: piece.whole(value, number) for part, value in state.items()}
+            exact = tensor.dtype == piece.trained.dtype  # as the model has it, which is whole already
+            weight = tensor.detach() if exact else piece.whole(piece.trained.detach(), number)
+            if piece.keeper(number):
+                yield Kept(name, weight.float() if weight.is_floating_point() else weight, parts)
+
+    def load(self, kept: Iterable[Kept], step: int) -> None:
+        """Fill in weights and optimizer; each rank reads for itself."""
+        state, fused = self.state(), self.optimizer.param_groups[0].get("fused")
+        for name, weight, parts in kept:
+            piece = piece_of(self.optimizer, state[name])
+            piece.fill_weight(weight)
+            for part, value in parts.items():
+                # torch keeps an optimizer's count of steps on the CPU, unless its kernel is fused.
+                value = value if part in NUMBERS and not fused else value.to(self.device)
+                piece.fill_state(self.optimizer.state[piece.trained], part, value)
         self.deepspeed.global_steps = step
 
     def _share_buffers(self, replicas: Sequence[int], group: Any) -> None:
@@ -171,7 +197,8 @@ class DataParallel(_DeepSpeed):
             def run(*args: Any, **kwargs: Any) -> Any:
                 last = self.deepspeed.is_gradient_accumulation_boundary()  # after it alone do ranks meet
                 if last or name not in ("ReduceGrads", "OptimizerStep"):
-                    peers = others() if name == "ReduceGrads" else ()
+                    together = name == "ReduceGrads" or (name == "OptimizerStep" and self._steps_together)
+                    peers = others() if together else ()
                     before(Instruction(name, 0, self._micro_batch()), peers)
                 result = execute(*args, **kwargs)
                 after()
@@ -242,6 +269,7 @@ class Pipeline(_DeepSpeed):
             recompute=recompute,
         )
         super().__init__(net, config, stages)
+        self.deepspeed.clip_fp32_gradients = self._clip
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
         self.is_first = self.deepspeed.is_first_stage()
 
@@ -251,6 +279,20 @@ class Pipeline(_DeepSpeed):
         # It would keep the last micro-batches until those of the next step take their places.
         self.deepspeed.pipe_buffers["inputs"] = [None] * len(self.deepspeed.pipe_buffers["inputs"])
         return loss
+
+    def _clip(self) -> None:
+        """Clip by the norm of the whole model; DeepSpeed would take that of the first stage for all of them."""
+        longest, group = self.deepspeed.gradient_clipping(), self.deepspeed.grid.get_model_parallel_group()
+        clip_gradients(self.deepspeed.module.parameters(), longest, self.device, group)
+
+    def _step_peers(self) -> set[int]:
+        """Return the ranks that an OptimizerStep cannot end without: those it takes the norm of gradients with."""
+        grid, ranks = self.deepspeed.grid, {dist.get_rank()}
+        if self._steps_together or self.deepspeed.gradient_clipping():
+            ranks |= set(dist.get_process_group_ranks(grid.get_model_parallel_group()))
+        if self._steps_together:
+            ranks |= set(grid.dp_group)
+        return ranks - {dist.get_rank()}
 
     def observe(self, before: Before, after: After) -> None:
         """Look at each of its instructions.
@@ -266,7 +308,11 @@ class Pipeline(_DeepSpeed):
         done: Counter[str] = Counter()
 
         def observed(name: str, execute: Callable[..., None]) -> Callable[..., None]:
-            peers = {"ReduceGrads": replicas, "ReduceTiedGrads": tuple(sorted(copies))}.get(name, ())
+            peers = {
+                "ReduceGrads": replicas,
+                "ReduceTiedGrads": tuple(sorted(copies)),
+                "OptimizerStep": tuple(sorted(self._step_peers())),
+            }.get(name, ())
             if name in PARTNERS and 0 <= (neighbour := stage + PARTNERS[name][1]) <= last:
                 peers = (grid.stage_to_global(neighbour),)
 

@@ -5,8 +5,8 @@ Three classes have it: ``DataParallel`` and ``Pipeline`` of ``core.deepspeed_eng
 ``train_base`` writes out. A micro-batch is a list of two tensors, inputs and labels.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,25 @@ from pipetutor.core.batch import Batch
 from pipetutor.core.observer import Peers
 from pipetutor.schedule.orders import Instruction
 
-__all__ = ["Batches", "Engine", "own_device", "say"]
+__all__ = ["Batches", "Engine", "Kept", "own_device", "say"]
 
 Batches = Iterator[list[torch.Tensor]]
 Before = Callable[[Instruction, Peers], None]
 After = Callable[[], None]
+
+
+class Kept(NamedTuple):
+    """What a checkpoint keeps of one tensor of the model, all of it whole and none of it in 16 bits.
+
+    Attributes:
+        name: in torchvision's ``state_dict``.
+        weight: the parameter, or the buffer.
+        parts: the optimizer's state of it: ``exp_avg``, ``step`` and so on.
+    """
+
+    name: str
+    weight: torch.Tensor
+    parts: dict[str, torch.Tensor]
 
 
 class Engine(Protocol):
@@ -76,8 +90,19 @@ class Engine(Protocol):
             The logits of each micro-batch, on a rank that holds the model's last layer; none on any other.
         """
 
-    def resumed(self, step: int) -> None:
-        """Go on from a checkpoint that stands after a step; weights and optimizer are filled in already."""
+    def kept(self) -> Iterator[Kept]:
+        """Return what a checkpoint is to keep of this rank's tensors; every rank reads all of it at the same time.
+
+        Of what several ranks hold, one of them or all return it.
+        """
+
+    def load(self, kept: Iterable[Kept], step: int) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            kept: of all tensors of this rank's ``state``, with whatever number of stages and replicas it was saved.
+            step: after which it stands.
+        """
 
 
 def say(line: str) -> None:

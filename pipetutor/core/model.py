@@ -264,7 +264,7 @@ def _layer(where: str, layer: Any, shared: dict[str, nn.Module]) -> nn.Module:
         if there != tied:
             raise ValueError(
                 f"{where}: {type(module).__name__} has the parameters {', '.join(there)}, and tied are "
-                f"{', '.join(sorted(tied))}: tie all of them (tied_weight_attr={sorted(there)}), or make them layers of their own"
+                f"{', '.join(sorted(tied))}: tie all (tied_weight_attr={sorted(there)}), or put others elsewhere"
             )
         return Tied(layer.key, module, layer.forward_fn)
     if isinstance(layer, LayerSpec):

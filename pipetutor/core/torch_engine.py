@@ -10,7 +10,7 @@ Sends and receives run in the background, on gloo's own thread; a rank waits for
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,8 +23,9 @@ from torch.distributed.pipelining import schedules as runtime
 
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
+from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.deepspeed_engines import optimizer_config
-from pipetutor.core.engine import After, Batches, Before, others, own_device
+from pipetutor.core.engine import After, Batches, Before, Kept, others, own_device
 from pipetutor.core.model import Model, Tied, crossing
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import Instruction, build
@@ -222,6 +223,7 @@ class TorchPipeline:
         self._tied = self._tie(bounds)
         state = self.state().values()
         self.optimizer = build_optimizer(config, [p for p in state if isinstance(p, nn.Parameter)])
+        self._clip = config.get("gradient_clipping", 0.0)
         self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}
         self._runtime = self._prepare(schedule)
 
@@ -315,7 +317,10 @@ class TorchPipeline:
         self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
         if self._tied:
             self._reduce_tied_gradients()
-        with self._watch("OptimizerStep", self._rank):
+        with self._watch("OptimizerStep", self._rank, None, others() if self._clip else ()):
+            if self._clip:
+                (trained,) = self.optimizer.param_groups
+                clip_gradients(trained["params"], self._clip, self.device, dist.group.WORLD)
             self.optimizer.step()
             self.optimizer.zero_grad()
         source = self._last % self._ranks
@@ -339,6 +344,10 @@ class TorchPipeline:
         """Refuse: preflight lets no run of this engine evaluate."""
         raise NotImplementedError("torch's pipeline trains; DeepSpeed's evaluates")
 
-    def resumed(self, step: int) -> None:
+    def kept(self) -> Iterator[Kept]:
+        """Refuse: preflight lets no run of this engine save."""
+        raise NotImplementedError("torch's pipeline keeps nothing; DeepSpeed's saves")
+
+    def load(self, kept: Iterable[Kept], step: int) -> None:
         """Refuse: preflight lets no run of this engine resume."""
         raise NotImplementedError("torch's pipeline starts anew; DeepSpeed's resumes")

@@ -26,7 +26,7 @@ from pipetutor.schedule.orders import Instruction
 __all__ = ["Beat", "Heartbeat", "culprits", "read"]
 
 STACK_SIGNAL = signal.SIGUSR1
-COLLECTIVES = ("ReduceGrads", "AggregateLoss", "Barrier")
+COLLECTIVES = ("ReduceGrads", "OptimizerStep", "AggregateLoss", "Barrier")
 _LOOKS = 3  # at a heartbeat that is being written
 
 
