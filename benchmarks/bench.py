@@ -19,6 +19,7 @@ from pipetutor.core import records
 from pipetutor.core.partition import bounds_for, catalog
 from pipetutor.costs import profile
 from pipetutor.data import fetch
+from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.entry import command
@@ -237,7 +238,8 @@ def bench(
             raise ValueError(f"{SLOW_BF16}; compare other rivals: pipeline, say")
     config = {"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch}
     for stages in (STAGES, 0):  # a pipeline, and as many replicas
-        preflight(Options(stages=stages, steps=steps, config=config), World(STAGES, STAGES, gpus(STAGES)))
+        asked, world = Options(stages=stages, steps=steps, config=config), World(STAGES, STAGES, gpus(STAGES))
+        preflight(asked, world, describe(asked.model, asked.dataset))
     if train_batch // micro_batch < STAGES:
         raise ValueError(
             f"train batch {train_batch} is {train_batch // micro_batch} micro-batch of {micro_batch}, but torch's "

@@ -13,7 +13,6 @@ from typing import Any
 from pipetutor.core.description import Data, Description, check_pair, known_data, known_layers
 from pipetutor.core.partition import Layer
 from pipetutor.data import fetch
-from pipetutor.options import Options
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import do_job, run_job
 from pipetutor.system.named import Named
@@ -23,18 +22,23 @@ __all__ = ["describe", "describe_here"]
 MICRO_BATCH = 2  # of the micro-batch that goes through
 
 
-def describe(options: Options) -> Description:
+def describe(model: str, dataset: str, data_dir: str | Path = fetch.DATA_DIR) -> Description:
     """Describe a run's model and data, in a process of its own where they are one's own.
+
+    Args:
+        model: as in ``launch``.
+        dataset: as in ``launch``.
+        data_dir: where the data is or will be.
 
     Raises:
         ValueError: there is no such model or data set, or they do not fit each other or a pipeline.
         RunFailed: the process ended early.
     """
-    if found := _known(options.model, options.dataset):
+    if found := _known(model, dataset):
         return found
-    if not Named.parse(options.dataset).is_own:
-        fetch.prepare(options.dataset, options.data_dir)
-    asked = {"model": options.model, "dataset": options.dataset, "data_dir": str(options.data_dir)}
+    if not Named.parse(dataset).is_own:
+        fetch.prepare(dataset, data_dir)
+    asked = {"model": model, "dataset": dataset, "data_dir": str(data_dir)}
     with tempfile.TemporaryDirectory(prefix="pipetutor-describe-") as directory:
         env = cpu_environment(1)
         (row,) = run_job("pipetutor.describe", Path(directory), asked, env, 1, "models", lambda row: row["brief"])
@@ -43,13 +47,13 @@ def describe(options: Options) -> Description:
     return Description([Layer(*layer) for layer in row["layers"]], Data(**row["data"]))
 
 
-def describe_here(options: Options) -> Description:
+def describe_here(model: str, dataset: str, data_dir: str | Path) -> Description:
     """Describe a run's model and data in this process: a rank's, say.
 
     Raises:
         ValueError: see ``describe``.
     """
-    return _known(options.model, options.dataset) or _look(options.model, options.dataset, options.data_dir)
+    return _known(model, dataset) or _look(model, dataset, data_dir)
 
 
 def _known(model: str, dataset: str) -> Description | None:

@@ -52,7 +52,9 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
     """
     ranks = max(options.stages, 1) * options.replicas
-    plan = preflight(options, World(ranks, ranks, gpus(ranks)), describe(options))
+    plan = preflight(
+        options, World(ranks, ranks, gpus(ranks)), describe(options.model, options.dataset, options.data_dir)
+    )
     if options.weights is not None:
         from pipetutor.weights import check_weights  # torch: loaded only by who brings weights
 

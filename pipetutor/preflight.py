@@ -63,7 +63,7 @@ def preflight(options: Options, world: World, about: Description) -> Plan:
         ValueError: what was given, what is needed, and a value that would work.
 
     >>> from pipetutor.describe import describe
-    >>> preflight(Options(stages=2), World(2, 2, Gpus(0)), describe(Options())).bounds
+    >>> preflight(Options(stages=2), World(2, 2, Gpus(0)), describe("alexnet", "synthetic")).bounds
     [0, 19, 22]
     """
     check("ranks", world.ranks, "count")

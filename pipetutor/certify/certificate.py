@@ -16,21 +16,36 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core import records
+from pipetutor.core.partition import check_stages
 from pipetutor.data import fetch
+from pipetutor.describe import describe
 from pipetutor.processes.entry import briefly, command
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job
 from pipetutor.system import machine
-from pipetutor.system.kinds import check, list_of, named, whole
+from pipetutor.system.kinds import KINDS, Kind, check, list_of, named, whole
+from pipetutor.system.named import Named
 from pipetutor.system.network import check_network
 
 __all__ = ["CONTROLS", "Certificate", "certify"]
 
-MODELS = ("alexnet", "vgg")
+NARROW = "vgg"  # no name of torchvision
+MODELS = ("alexnet", NARROW, "gpt")
 CONTROLS = {
     "summed": "gradients are summed over micro-batches, not averaged",
     "scaled": "the gradients of stage 0 are divided by M once more",
     "weights": "the last stage begins with other weights",
+    "stagewise": "each stage clips its gradients by their own norm",
+    "untied": "the gradients of tied weights are not added up",
+    "apart": "the copies of tied weights begin apart",
+}
+TIED = ("untied", "apart")  # for models that have something tied
+WAYS = {  # in which two stages train, and with how many replicas
+    "torch": 1,
+    "clipped": 1,
+    "torch clipped": 1,
+    "ZeRO-1": 2,
+    "ZeRO-1 clipped": 2,
 }
 GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
 
@@ -73,8 +88,8 @@ class Certificate:
 
 
 _HEAD = (
-    f"{'model':8} {'P':>2} {'M':>2} {'R':>2}  {'gradients':>17} {'parameters':>17} {'loss':>8}   verdict\n"
-    f"{'':8} {'':>2} {'':>2} {'':>2}  {'abs.':>8} {'rel.':>8} {'abs.':>8} {'rel.':>8} {'rel.':>8}"
+    f"{'model':8} {'P':>2} {'M':>2} {'R':>2} {'way':14}  {'gradients':>17} {'parameters':>17} {'loss':>8}   verdict\n"
+    f"{'':8} {'':>2} {'':>2} {'':>2} {'':14}  {'abs.':>8} {'rel.':>8} {'abs.':>8} {'rel.':>8} {'rel.':>8}"
 )
 
 
@@ -92,7 +107,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2}  "
+    case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2} {row['way']:14}  "
     if "gradient" not in row:
         return case + _verdict(row)
     numbers = [row[part][kind] for part in ("gradient", "final") for kind in ("absolute", "relative")]
@@ -107,16 +122,22 @@ def certify(
     micro_batches: Sequence[int] = (1, 4),
     replicas: Sequence[int] = (1, 2),
     *,
+    ways: Sequence[str] = tuple(WAYS),
+    dataset: str | None = None,
     data_dir: str | Path = fetch.DATA_DIR,
     runs_dir: str | Path = "runs",
 ) -> Certificate:
     """Compare pipelines with one process, in processes of their own; nothing is left running.
 
     Args:
-        models: ``alexnet`` and ``vgg``, a VGG11 an eighth as wide or less.
+        models: as in ``launch``; or ``vgg``, a VGG11 an eighth as wide or less. The last one is trained in all ways,
+            and is what the controls make wrong. Dropout is off.
         stages: numbers of pipeline stages P, 1 to 4.
         micro_batches: numbers of micro-batches M, in each step and replica.
         replicas: numbers of copies of the pipeline.
+        ways: other ways in which two stages train four micro-batches, of ``WAYS``: with torch's engine, with clipped
+            gradients, with an optimizer that two replicas share; none is fine.
+        dataset: as in ``launch``; by default ``sums`` for a gpt, and ``synthetic`` for other models of ours.
         data_dir: where the data is or will be.
         runs_dir: where the directory with ``certificate.json`` is made.
 
@@ -129,26 +150,39 @@ def certify(
 
     >>> print(certify(models=["vgg"], stages=[1, 2]))  # doctest: +SKIP
     """
-    check("models", models, list_of(named(MODELS)))
+    check("models", models, list_of(KINDS["text"]))
+    check(
+        "ways", ways, (ways and list_of(named(WAYS))) or Kind("a list", lambda value: isinstance(value, list | tuple))
+    )
+    check("dataset", dataset, "text?")
+    data = {model: dataset or _usual(model) for model in models}
     check("stages", stages, list_of(whole(1, 4)))
     check("micro_batches", micro_batches, list_of(whole(1, 16)))
     check("replicas", replicas, list_of(whole(1, 4)))
     check("data_dir", data_dir, "path")
     check("runs_dir", runs_dir, "path")
     check_network("gloo")
+    about = {model: describe(model, data[model], data_dir).layers for model in models if model != NARROW}
+    for layers in about.values():
+        check_stages(layers, max(stages))
     room = max(2, int(machine.memory().free / 2**30 / GIGABYTES_A_RANK))
-    topologies = itertools.product(models, micro_batches, replicas, stages)
-    cases: list[dict[str, Any]] = [
-        {"model": model, "stages": p, "micro_batches": m, "replicas": r, "control": ""}
-        for model, m, r, p in topologies
+    plain: dict[str, Any] = {"control": "", "way": ""}
+    cases = [
+        plain | {"model": model, "dataset": data[model], "stages": p, "micro_batches": m, "replicas": r}
+        for model, m, r, p in itertools.product(models, micro_batches, replicas, stages)
     ]
+    last = plain | {"model": models[-1], "dataset": data[models[-1]], "stages": 2, "micro_batches": 4, "replicas": 1}
+    cases += [last | {"way": way, "replicas": WAYS[way]} for way in ways]
     skipped = [case for case in cases if case["stages"] * case["replicas"] > room]
     for case in skipped:
         case["reason"] = f"{case['stages'] * case['replicas']} ranks, and there is memory for {room}"
     chosen = [case for case in cases if case not in skipped]
-    wrong = {"model": models[-1], "stages": 2, "micro_batches": 4, "replicas": 1}
-    chosen += [wrong | {"control": control} for control in CONTROLS]
-    fetch.prepare("synthetic", data_dir)
+    ties = any(layer.tied for layer in about.get(models[-1], ()))
+    controls = [one for one in CONTROLS if (ties or one not in TIED) and ("clipped" in ways or one != "stagewise")]
+    chosen += [last | {"control": one, "way": "clipped" if one == "stagewise" else ""} for one in controls]
+    for name in set(data.values()):
+        if not Named.parse(name).is_own:
+            fetch.prepare(name, data_dir)
     directory = records.create(Path(runs_dir), "certificate")
     # One thread, so that both sides add up in the same order and forks are safe.
     env = cpu_environment(1) | {"OMP_NUM_THREADS": "1", fetch.VARIABLE: str(data_dir)}
@@ -157,6 +191,14 @@ def certify(
     content = {"passed": certificate.passed, "rows": certificate.rows, "skipped": skipped}
     records.write_json(directory / "certificate.json", content)
     return certificate
+
+
+def _usual(model: str) -> str:
+    """Return the data set that a model is compared on where none is given."""
+    named = Named.parse(model)
+    if named.is_own:
+        raise ValueError(f"{model} is a model of your own: say what it reads, too (dataset, --dataset)")
+    return "sums" if named.name == "gpt" else "synthetic"
 
 
 def _read(row: dict[str, Any]) -> dict[str, Any]:

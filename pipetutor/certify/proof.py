@@ -5,6 +5,9 @@ The optimizer is SGD without momentum: it carries a wrong gradient into the weig
 divides its scale away. Compared are all initial weights, the accumulated gradient of every parameter in the
 first step, every parameter after the last one, and the loss of each step.
 
+A model that normalises batches does so micro-batch by micro-batch on both sides; its running statistics are those of
+replica 0, which has seen fewer micro-batches than one process, and are not compared.
+
 Run by ``pipetutor.certify.certificate`` in a process of its own, which forks the ranks of each case after another.
 """
 
@@ -19,8 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipetutor.certify.certificate import CONTROLS
-from pipetutor.core.layers import build, catalog_entry, join_layers
+from pipetutor.certify.certificate import CONTROLS, NARROW
+from pipetutor.core.clipping import clip_gradients
+from pipetutor.core.model import Model, build_model
 from pipetutor.core.partition import bounds_for
 from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
@@ -41,41 +45,61 @@ class Case:
     """One row of the certificate.
 
     Attributes:
-        model: ``alexnet``, or ``vgg``, a narrow VGG11.
+        model: as in ``launch``, or ``vgg``, a narrow VGG11.
+        dataset: as in ``launch``.
         stages: pipeline stages P.
         micro_batches: M, in each step and replica.
         replicas: copies of the pipeline.
         control: one of ``CONTROLS``, a fault that the comparison must find; empty for the pipeline as it is.
+        way: one of ``WAYS`` in which the pipeline trains; empty for DeepSpeed's engine and plain SGD.
     """
 
     model: str
+    dataset: str
     stages: int
     micro_batches: int
     replicas: int
     control: str = ""
+    way: str = ""
+
+    @property
+    def engine(self) -> str:
+        """DeepSpeed's or torch's."""
+        return "torch" if "torch" in self.way else "deepspeed"
+
+    @property
+    def zero_stage(self) -> int:
+        """Whether replicas share the optimizer's state."""
+        return int("ZeRO-1" in self.way)
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped: to half the norm that they have in the first step."""
+        return "clipped" in self.way
+
+    @property
+    def momentum(self) -> float:
+        """Of SGD, where more than gradients counts: after the first step, it is what the optimizer took them for."""
+        return 0.9 if self.way else 0.0
 
 
-def build_model(name: str, seed: int = SEED) -> nn.Module:
+def model_of(name: str, seed: int = SEED) -> Model:
     """Build a model of the certificate, with weights that depend on the seed alone and without dropout."""
+    if name != NARROW:
+        return build_model(name, seed, dropout=0.0)
     torch.manual_seed(seed)
-    if name == "alexnet":
-        return build(name, dropout=0.0)
     with torch.device("meta"):  # VGG's own classifier has 100 million weights, and none of them is wanted
-        net = torchvision.models.VGG(nn.Sequential(), num_classes=10, init_weights=False)
+        net = torchvision.models.VGG(nn.Sequential(), num_classes=10, init_weights=False, dropout=0.0)
     net.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"])
     for index, (inputs, outputs) in {0: (64 * 7 * 7, 64), 3: (64, 64), 6: (64, 10)}.items():
         net.classifier[index] = nn.Linear(inputs, outputs)
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return net
+    return Model.of(net)
 
 
 def micro_batches(case: Case, replica: int) -> Iterator[list[torch.Tensor]]:
     """Return the micro-batches of a replica, from the loader of every run."""
-    trainset = loader.Pixels(loader.load("synthetic", True, -1, DATA_DIR))
-    sampler = loader.EpochSampler(trainset, case.replicas, replica, SEED, loader.Position())
-    return iter(loader.Loader(trainset, sampler, MICRO_BATCH, torch.device("cpu")))
+    trainset = loader.as_stored(loader.load(case.dataset, True, -1, DATA_DIR))
+    return loader.micro_batches(trainset, MICRO_BATCH, case.replicas, replica, SEED, torch.device("cpu"))
 
 
 def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -88,9 +112,10 @@ def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
         Tensors by name: ``initial.NAME``, ``gradient.NAME`` of the first step and ``final.NAME``; and the mean
         loss of each step.
     """
-    model = build_model(case.model)
+    built = model_of(case.model)
+    model = built.whole
     tensors = {f"initial.{name}": p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=case.momentum)
     replicas = [micro_batches(case, replica) for replica in range(case.replicas)]
     count = case.micro_batches * case.replicas
     losses = []
@@ -99,10 +124,20 @@ def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
         total = 0.0
         for _ in range(case.micro_batches):
             for replica in replicas:
-                images, labels = next(replica)
-                loss = nn.functional.cross_entropy(model(images), labels)
+                inputs, labels = next(replica)
+                random = torch.get_rng_state()
+                loss = built.loss_fn(model(inputs), labels)
+                if not torch.equal(torch.get_rng_state(), random):
+                    raise RuntimeError(
+                        "the model draws random numbers as it computes, so no two runs of it are equal"
+                    )
                 (loss / count).backward()
                 total += loss.item()
+        if step == 0:
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            tensors["longest"] = norm / 2
+        if case.clips:
+            nn.utils.clip_grad_norm_(model.parameters(), tensors["longest"].item())
         if step == 0:
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             tensors |= {f"gradient.{name}": gradient.clone() for name, gradient in gradients.items()}
@@ -156,22 +191,15 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     """Train one rank of the pipeline, and compare what it holds with the reference."""
     import deepspeed
 
-    from pipetutor.core.deepspeed_engines import Pipeline
-
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     meet(rank, case.stages * case.replicas, store)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     expected = torch.load(scratch, mmap=True, weights_only=True)
     stage = rank // case.replicas
     other = case.control == "weights" and stage == case.stages - 1
-    model = build_model(case.model, SEED + other)
-    bounds = bounds_for(catalog_entry(join_layers(model)), case.stages, "parameters")
-    config = {
-        "train_batch_size": MICRO_BATCH * case.micro_batches * case.replicas,
-        "train_micro_batch_size_per_gpu": MICRO_BATCH,
-        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
-    }
-    engine = Pipeline(model, case.stages, ",".join(map(str, bounds)), config)
+    model = model_of(case.model, SEED + other)
+    bounds = bounds_for(model.about(), case.stages, "parameters")
+    engine = _engine(case, model, bounds, float(expected["longest"]))
     found: dict[str, Difference] = {}
 
     def look(part: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -184,16 +212,66 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
         factor = {"summed": float(case.micro_batches), "scaled": 1.0 if stage else 1 / case.micro_batches}
         for gradient in gradients.values():
             gradient.mul_(factor.get(case.control, 1.0))
-        if "gradient" not in found:
+        if not case.way and "gradient" not in found:
             look("gradient", gradients)
 
-    weights = {name: p.detach() for name, p in engine.state().items()}
+    weights = {name: p.detach() for name, p in engine.state().items() if isinstance(p, nn.Parameter)}
+    _spoil(case, engine, stage, float(expected["longest"]))
     look("initial", weights)
     engine.observe(before, after=lambda: None)
     batches = micro_batches(case, engine.replica)
-    losses = [float(engine.train_batch(data_iter=batches)) for _ in range(STEPS)]
+    losses = []
+    for step in range(STEPS):
+        losses.append(float(engine.train_batch(batches)))
+        if case.way and step == 0:
+            look("gradient", _momenta(engine))
     look("final", weights)
     return {"stage": stage, "losses": losses} | {part: asdict(difference) for part, difference in found.items()}
+
+
+def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
+    from pipetutor.core.deepspeed_engines import Pipeline
+
+    config: dict[str, Any] = {
+        "train_batch_size": MICRO_BATCH * case.micro_batches * case.replicas,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE, "momentum": case.momentum}},
+    }
+    if case.zero_stage:
+        config |= {"zero_optimization": {"stage": case.zero_stage}, "zero_allow_untested_optimizer": True}
+    if case.clips:
+        config["gradient_clipping"] = longest
+    if case.engine == "deepspeed":
+        return Pipeline(model, case.stages, ",".join(map(str, bounds)), config)
+    from pipetutor.core.torch_engine import TorchPipeline
+
+    inputs, _ = loader.example(loader.load(case.dataset, True, -1, DATA_DIR), MICRO_BATCH)
+    return TorchPipeline(model, "1f1b", bounds, config, inputs)
+
+
+def _momenta(engine: Any) -> dict[str, torch.Tensor]:
+    """Return what the optimizer has made of the gradients of the first step: its momentum is these gradients."""
+    if engine.batch.replicas > 1:
+        return {name: parts["momentum_buffer"] for name, _, parts in engine.kept() if parts}
+    states = engine.optimizer.state
+    return {name: states[p]["momentum_buffer"] for name, p in engine.state().items() if p in states}
+
+
+def _spoil(case: Case, engine: Any, stage: int, longest: float) -> None:
+    """Put in the fault of a control that is neither one of all gradients nor of the weights of a whole stage."""
+    if case.control == "untied":
+        known = engine.deepspeed._INSTRUCTION_MAP
+        engine.deepspeed._INSTRUCTION_MAP = {
+            kind: (lambda *_: None) if kind.__name__ == "ReduceTiedGrads" else execute
+            for kind, execute in known.items()
+        }
+    if case.control == "apart" and stage == case.stages - 1:
+        for copy in engine.deepspeed.module.tied_modules.parameters():
+            nn.init.normal_(copy, std=copy.std().item())
+    if case.control == "stagewise":
+        alone = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+        parameters = list(engine.deepspeed.module.parameters())
+        engine.deepspeed.clip_fp32_gradients = lambda: clip_gradients(parameters, longest, engine.device, alone)
 
 
 def judge(case: Case, ranks: list[dict[str, Any]], losses: list[float]) -> dict[str, Any]:
@@ -265,10 +343,11 @@ def prove(cases: list[Case], folder: Path) -> Iterator[dict[str, Any]]:
         for case in cases:
             store.unlink(missing_ok=True)
             try:
-                if known != (case.model, case.micro_batches, case.replicas):
+                wanted = case.model, case.micro_batches, case.replicas, case.clips, case.momentum
+                if known != wanted:
                     known = None
                     losses = forked([functools.partial(_save_reference, case, scratch)], log)[0]
-                    known = case.model, case.micro_batches, case.replicas
+                    known = wanted
                 ranks = range(case.stages * case.replicas)
                 works = [functools.partial(_rank, case, rank, store, scratch) for rank in ranks]
                 yield judge(case, forked(works, log), losses)

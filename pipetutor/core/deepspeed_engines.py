@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import TiedLayerSpec
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import nn
 
 from pipetutor.core.accumulate import accumulate_in_place
@@ -22,7 +23,7 @@ from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.config import dtype_of
 from pipetutor.core.engine import After, Batches, Before, Kept, others, say
-from pipetutor.core.model import Model, Tied
+from pipetutor.core.model import Model, Tied, TiedSums
 from pipetutor.core.pieces import NUMBERS, piece_of
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import PARTNERS, Instruction
@@ -258,8 +259,9 @@ class Pipeline(_DeepSpeed):
 
     def __init__(self, model: Model, stages: int, part: str, config: dict[str, Any], recompute: bool = False):
         self._model, self.loss_fn = model, model.loss_fn
-        if dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage"):
-            accumulate_in_place(model.layers)  # others take each gradient from autograd, into a buffer of their own
+        by_autograd = dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage")
+        if by_autograd:
+            accumulate_in_place(model.layers)  # others take each gradient into a buffer of their own
         net = PipelineModule(
             layers=model.layers,
             loss_fn=model.loss_fn,
@@ -270,6 +272,8 @@ class Pipeline(_DeepSpeed):
         )
         super().__init__(net, config, stages)
         self.deepspeed.clip_fp32_gradients = self._clip
+        if by_autograd:
+            self._sum_apart(TiedSums(model.layers[net._local_start : net._local_stop]))
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
         self.is_first = self.deepspeed.is_first_stage()
 
@@ -279,6 +283,17 @@ class Pipeline(_DeepSpeed):
         # It would keep the last micro-batches until those of the next step take their places.
         self.deepspeed.pipe_buffers["inputs"] = [None] * len(self.deepspeed.pipe_buffers["inputs"])
         return loss
+
+    def _sum_apart(self, sums: TiedSums) -> None:
+        """Have the gradients of tied places that this rank holds added up when ranks that hold one each do so."""
+
+        def reduce(engine: Any, **about: Any) -> None:
+            sums.add()
+            of_deepspeed(engine, **about)
+
+        known = self.deepspeed._INSTRUCTION_MAP
+        of_deepspeed = known[ReduceTiedGrads]
+        self.deepspeed._INSTRUCTION_MAP = known | {ReduceTiedGrads: reduce}
 
     def _clip(self) -> None:
         """Clip by the norm of the whole model; DeepSpeed would take that of the first stage for all of them."""

@@ -10,9 +10,10 @@ Each random draw of that code has a seed of its own, made of the run's seed and 
 So the weights of a layer do not depend on who builds what, nor on the number of stages.
 """
 
+import copy
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from pipetutor.core.loss import CrossEntropy
 from pipetutor.core.partition import Layer
 from pipetutor.system.named import Named
 
-__all__ = ["Model", "Tied", "build_model", "check_model", "crossing"]
+__all__ = ["Model", "Tied", "TiedSums", "build_model", "check_model", "crossing"]
 
 
 class Tied(nn.Module):
@@ -48,10 +49,25 @@ class Tied(nn.Module):
         super().__init__()
         self.key, self.module = key, module
         self._forward = forward
+        self._twin: tuple[nn.Module, ...] = ()  # where torch does not look for modules
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute what the module does in this place."""
-        return self._forward(self.module, input) if self._forward else self.module(input)
+        module = self.module
+        if self._twin:
+            module = self._twin[0].train(module.training)
+        return self._forward(module, input) if self._forward else module(input)
+
+    def sum_apart(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """From now on, add the gradients of this place up apart from those of the others.
+
+        Returns:
+            Each of the module's parameters, and one that has the same memory and gets the gradients of this place.
+        """
+        twins = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
+        shared = {id(buffer): buffer for buffer in self.module.buffers()}
+        self._twin = (copy.deepcopy(self.module, {**twins, **shared}),)
+        return zip(self.module.parameters(), self._twin[0].parameters(), strict=True)
 
 
 class _Function(nn.Module):
@@ -79,6 +95,34 @@ class LayerList(nn.Sequential):
         for layer in self._layers:
             input = layer(input)
         return input
+
+
+class TiedSums:
+    """The gradients of tied places that one rank holds, added up apart, as by two ranks that hold one each.
+
+        one sum       e₀ + h₀ + e₁ + h₁           the order of one process: other roundings than on two ranks
+        apart         (e₀ + e₁) + (h₀ + h₁)       e and h: of embedding and head, of micro-batches 0 and 1
+
+    So the losses do not depend on the number of stages, to the last bit.
+
+    Args:
+        layers: those of the rank, on its device, with the memory that they will train in.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        tied = [layer for layer in layers if isinstance(layer, Tied)]
+        first: dict[str, Tied] = {}
+        later = [layer for layer in tied if first.setdefault(layer.key, layer) is not layer]
+        self._pairs = [pair for layer in later for pair in layer.sum_apart()]
+
+    def add(self) -> None:
+        """Give each parameter the sum of its gradients."""
+        for parameter, twin in self._pairs:
+            if parameter.grad is not None and twin.grad is not None:
+                parameter.grad.add_(twin.grad)
+            elif twin.grad is not None:
+                parameter.grad = twin.grad
+            twin.grad = None
 
 
 def owner(layer: nn.Module) -> nn.Module:

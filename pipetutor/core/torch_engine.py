@@ -26,7 +26,7 @@ from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.deepspeed_engines import optimizer_config
 from pipetutor.core.engine import After, Batches, Before, Kept, others, own_device
-from pipetutor.core.model import Model, Tied, crossing
+from pipetutor.core.model import Model, Tied, TiedSums, crossing
 from pipetutor.core.recompute import StageLayers
 from pipetutor.schedule.orders import Instruction, build
 
@@ -221,6 +221,7 @@ class TorchPipeline:
             told = (self._source, self._watch, self.batch.accumulation, model.loss_fn)
             self._stages[stage] = _Stage(*told, *about)
         self._tied = self._tie(bounds)
+        self._sums = TiedSums([layer for low, high in self._spans.values() for layer in model.layers[low:high]])
         state = self.state().values()
         self.optimizer = build_optimizer(config, [p for p in state if isinstance(p, nn.Parameter)])
         self._clip = config.get("gradient_clipping", 0.0)
@@ -247,6 +248,7 @@ class TorchPipeline:
 
     def _reduce_tied_gradients(self) -> None:
         """Give all copies of a tied module the sum of their gradients."""
+        self._sums.add()
         peers = {rank for _, group in self._tied for rank in dist.get_process_group_ranks(group)} - {self._rank}
         with self._watch("ReduceTiedGrads", self._rank, None, sorted(peers)):
             for module, group in self._tied:
@@ -315,8 +317,7 @@ class TorchPipeline:
         losses: list[torch.Tensor] = []
         unused = [None] * self.batch.accumulation  # a stage reads its labels itself
         self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
-        if self._tied:
-            self._reduce_tied_gradients()
+        self._reduce_tied_gradients()
         with self._watch("OptimizerStep", self._rank, None, others() if self._clip else ()):
             if self._clip:
                 (trained,) = self.optimizer.param_groups

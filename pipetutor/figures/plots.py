@@ -268,6 +268,7 @@ def certificate(rows: Sequence[Mapping[str, Any]], tolerance: float) -> Figure:
     axes.set_xlabel("largest difference of a gradient, relative to the largest entry of its tensor")
     names = [
         f"{row['model']}  P={row['stages']} M={row['micro_batches']} R={row['replicas']}"
+        + (f"  {row['way']}" if row["way"] else "")
         + (f"  control: {row['control']}" if row["control"] else "")
         for row in compared
     ]

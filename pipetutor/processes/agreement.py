@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core.batch import Batch
+from pipetutor.core.description import Data
+from pipetutor.core.partition import Layer
 from pipetutor.core.plan import Plan
 from pipetutor.options import Options
 
@@ -102,7 +104,12 @@ def agree(plan: Plan | None, refusal: str, common: dict[str, Any], timeout: time
         raise Refused("\n".join(f"{', '.join(who)}: {reason}" for reason, who in others.items()))
     first = answer["plan"]
     assert plan
-    about = {"batch": Batch(**first["batch"]), "options": Options(**first["options"]).on_this_host(plan.options)}
+    about = {
+        "batch": Batch(**first["batch"]),
+        "data": Data(**first["data"]),
+        "layers": tuple(Layer(*layer) for layer in first["layers"]),
+        "options": Options(**first["options"]).on_this_host(plan.options),
+    }
     return Plan(**first | about), store
 
 

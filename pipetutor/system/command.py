@@ -51,7 +51,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     str | Path: str,
     Sequence[int]: _numbers,
-    Sequence[str]: lambda text: text.split(","),
+    Sequence[str]: lambda text: re.split(r",(?!\w+=)", text),  # gpt:layers=2,width=64 is one
 }
 
 

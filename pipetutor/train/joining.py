@@ -44,7 +44,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     check("--master_port", int(os.environ.get("MASTER_PORT", "29500")), whole(1, 65535, 29501))
     options = Options.from_command_line(args, ranks)
     with _one_by_one(options):
-        about = describe_here(options)
+        about = describe_here(options.model, options.dataset, options.data_dir)
     plan = preflight(options, World(ranks, here, gpus(here)), about)
     # The files of a host are those of all its ranks: its first rank looks.
     if plan.options.weights and os.environ.get("LOCAL_RANK", "0") == "0":
