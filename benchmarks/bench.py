@@ -238,8 +238,8 @@ def bench(
             raise ValueError(f"{SLOW_BF16}; compare other rivals: pipeline, say")
     config = {"train_batch_size": train_batch, "train_micro_batch_size_per_gpu": micro_batch}
     for stages in (STAGES, 0):  # a pipeline, and as many replicas
-        asked, world = Options(stages=stages, steps=steps, config=config), World(STAGES, STAGES, gpus(STAGES))
-        preflight(asked, world, describe(asked.model, asked.dataset))
+        options, world = Options(stages=stages, steps=steps, config=config), World(STAGES, STAGES, gpus(STAGES))
+        preflight(options, world, describe(options.model, options.dataset))
     if train_batch // micro_batch < STAGES:
         raise ValueError(
             f"train batch {train_batch} is {train_batch // micro_batch} micro-batch of {micro_batch}, but torch's "

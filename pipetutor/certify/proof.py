@@ -259,12 +259,10 @@ def _momenta(engine: Any) -> dict[str, torch.Tensor]:
 
 def _spoil(case: Case, engine: Any, stage: int, longest: float) -> None:
     """Put in the fault of a control that is neither one of all gradients nor of the weights of a whole stage."""
+    from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+
     if case.control == "untied":
-        known = engine.deepspeed._INSTRUCTION_MAP
-        engine.deepspeed._INSTRUCTION_MAP = {
-            kind: (lambda *_: None) if kind.__name__ == "ReduceTiedGrads" else execute
-            for kind, execute in known.items()
-        }
+        engine.deepspeed._INSTRUCTION_MAP = engine.deepspeed._INSTRUCTION_MAP | {ReduceTiedGrads: lambda *_: None}
     if case.control == "apart" and stage == case.stages - 1:
         for copy in engine.deepspeed.module.tied_modules.parameters():
             nn.init.normal_(copy, std=copy.std().item())

@@ -49,6 +49,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {
     int: int,
     float | None: float,
     str: str,
+    str | None: str,
     str | Path: str,
     Sequence[int]: _numbers,
     Sequence[str]: lambda text: re.split(r",(?!\w+=)", text),  # gpt:layers=2,width=64 is one
