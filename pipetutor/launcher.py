@@ -10,6 +10,7 @@ from typing import Any
 
 from pipetutor.core import records
 from pipetutor.core.batch import explain
+from pipetutor.core.partition import catalog
 from pipetutor.core.records import Run
 from pipetutor.data import fetch
 from pipetutor.describe import describe
@@ -55,7 +56,7 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     plan = preflight(
         options, World(ranks, ranks, gpus(ranks)), describe(options.model, options.dataset, options.data_dir)
     )
-    if options.weights is not None:
+    if options.weights is not None and options.model in catalog():  # of others the ranks see to it
         from pipetutor.weights import check_weights  # torch: loaded only by who brings weights
 
         check_weights(options.model, options.weights)

@@ -23,9 +23,11 @@ from pipetutor import launch
 from pipetutor.certify import certificate
 from pipetutor.core import config, records
 from pipetutor.core.config import read_config
+from pipetutor.core.description import DATASETS
 from pipetutor.costs import measuring as costs
 from pipetutor.data import fetch
-from pipetutor.options import DATASET_SIZES, Options
+from pipetutor.describe import describe
+from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
@@ -53,7 +55,9 @@ def planned(change):
     ranks, devices = asked.pop("ranks"), asked.pop("gpus")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipetutor.preflight.read_config", lambda config, _: config)  # the whole of it is given
-        return preflight(Options(**asked), World(ranks, ranks, devices))
+        options = Options(**asked)
+        about = describe(options.model, options.dataset)
+        return preflight(options, World(ranks, ranks, devices), about)
 
 
 def launched(options):
@@ -728,7 +732,12 @@ def test_bf16_is_native_where_there_are_instructions(monkeypatch, mkldnn, onednn
     assert machine.bf16_is_native() is native
 
 
-def test_data_set_sizes_are_those_of_the_data_sets():
-    from pipetutor.data import synthetic
+@pytest.mark.parametrize("name", ["synthetic", "sums"])
+def test_what_is_known_of_a_data_set_is_so(name):
+    from pipetutor.data import loader
 
-    assert DATASET_SIZES["synthetic"] == synthetic.TRAIN
+    known = DATASETS[name]
+    train, test = (loader.load(name, part, -1, fetch.DATA_DIR) for part in (True, False))
+    inputs, _ = loader.example(train, 2)
+    assert (len(train), len(test)) == (known.train, known.test)
+    assert (tuple(inputs.shape[1:]), str(inputs.dtype)) == (known.shape, f"torch.{known.dtype}")

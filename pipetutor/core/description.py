@@ -65,8 +65,9 @@ def known_layers(model: str) -> Sequence[Layer] | None:
         try:
             return gpt_sizes(**named.arguments)
         except TypeError as error:
+            words = str(error).removeprefix("gpt_sizes() ")
             raise ValueError(
-                f"{model}: {error}; a gpt takes layers, width, heads, vocabulary, length, dropout"
+                f"{model}: {words}; a gpt takes layers, width, heads, vocabulary, length, dropout"
             ) from None
     if named.name not in catalog():
         close = closest(named.name, [*catalog(), "gpt"], 0.5)

@@ -40,17 +40,12 @@ class Positions(nn.Module):
         return x + self.weight[: x.shape[1]]
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` with weights of a given spread, and no bias at first."""
-
-    def __init__(self, inputs: int, outputs: int, std: float):
-        self.std = std
-        super().__init__(inputs, outputs)
-
-    def reset_parameters(self) -> None:
-        """Draw the weights, and clear the bias."""
-        nn.init.normal_(self.weight, std=self.std)
-        nn.init.zeros_(self.bias)
+def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
+    """Return a linear layer with weights of a given spread, and no bias at first."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Attention(nn.Module):
@@ -59,8 +54,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, std: float):
         super().__init__()
         self.heads = heads
-        self.queries_keys_values = Linear(width, 3 * width, STD)
-        self.out = Linear(width, width, std)
+        self.queries_keys_values = _linear(width, 3 * width, STD)
+        self.out = _linear(width, width, std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (N, T, width) for (N, T, width)."""
@@ -86,8 +81,8 @@ class Block(nn.Module):
         std = STD / (2 * layers) ** 0.5
         self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads, std), nn.Dropout(dropout))
         self.mlp = nn.Sequential(
-            *(nn.LayerNorm(width), Linear(width, 4 * width, STD), nn.GELU()),
-            *(Linear(4 * width, width, std), nn.Dropout(dropout)),
+            *(nn.LayerNorm(width), _linear(width, 4 * width, STD), nn.GELU()),
+            *(_linear(4 * width, width, std), nn.Dropout(dropout)),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -275,7 +275,7 @@ def _construct(named: Named, dropout: float | None, building: _Building) -> Mode
 def _from_list(name: str, found: Any) -> Model:
     """Make a model of what a function returned."""
     loss_fn: Any = CrossEntropy()
-    if isinstance(found, tuple) and len(found) == 2 and not callable(found[0]):
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list | nn.Sequential):
         found, loss_fn = found
         if not callable(loss_fn):
             raise ValueError(f"{name}: the loss must be a module or a function, and is a {type(loss_fn).__name__}")
@@ -347,12 +347,12 @@ def crossing(model: Model, inputs: torch.Tensor) -> list[torch.Tensor]:
 
     Args:
         model: held or not.
-        inputs: of a micro-batch, on ``meta``.
+        inputs: of a micro-batch; only their shape matters.
 
     Raises:
         ValueError: a layer does not take what the one before gives, or gives what cannot be sent.
     """
-    found = [inputs]
+    found = [inputs.to("meta")]
     for index, layer in enumerate(model.layers):
         held = itertools.chain(layer.named_parameters(), layer.named_buffers())
         tensors = {name: torch.empty_like(t, device="meta") for name, t in held}
@@ -387,7 +387,7 @@ def check_model(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> Non
         inputs: of a micro-batch.
         labels: of the same.
     """
-    output = crossing(model, inputs.to("meta"))[-1]
+    output = crossing(model, inputs)[-1]
     try:
         loss = model.loss_fn(output, labels.to("meta"))
     except Exception as error:

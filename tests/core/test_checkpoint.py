@@ -17,7 +17,7 @@ from conftest import SMALL, SMALL_SGD, RankFailed, equal_but_for_rounding, train
 from pipetutor import weights
 from pipetutor.core import checkpoint
 from pipetutor.core.checkpoint import CheckpointError
-from pipetutor.core.layers import build
+from pipetutor.core.model import build_model
 from pipetutor.system import disk
 
 NET = ["--model", "tiny_norm"]  # dropout and batch normalisation
@@ -196,7 +196,7 @@ def test_weights_of_something_else_are_refused(content, words, tmp_path, monkeyp
     elif content is not None:
         torch.save(content, file)
     with pytest.raises(CheckpointError, match=words):
-        weights.load_weights(build("alexnet"), file)
+        weights.load_weights(build_model("alexnet"), file)
     assert not (tmp_path / "executed").exists()
 
 

@@ -7,6 +7,7 @@ from tiny import Tiny
 
 from pipetutor import weights
 from pipetutor.core.evaluate import share
+from pipetutor.core.model import Model
 from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
 
@@ -45,7 +46,7 @@ def test_every_topology_finds_the_number_that_one_process_finds(runs):
     trained = train(runs / "a", *first, **common)
     weights.export(trained.directory, runs / "weights.pt")
     model = Tiny().eval()
-    weights.load_weights(model, runs / "weights.pt")
+    weights.load_weights(Model.of(model), runs / "weights.pt")
     testset = loader.load("synthetic", False, -1, DATA_DIR)
     with torch.no_grad():
         logits = torch.cat([model(testset[i][0][None]) for i in range(SIZE)])

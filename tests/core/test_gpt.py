@@ -8,9 +8,10 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
 
-from pipetutor.core.gpt import STD, Attention, Block, Embedding, Linear, gpt
+from pipetutor.core.description import known_layers
+from pipetutor.core.gpt import STD, Attention, Block, Embedding, gpt
 from pipetutor.core.gpt_sizes import gpt_sizes
-from pipetutor.core.layers import catalog_entry
+from pipetutor.core.model import build_model
 from pipetutor.data.sums import ALPHABET, LENGTH
 
 
@@ -38,7 +39,8 @@ def random_tokens(count: int = 3, length: int = LENGTH) -> torch.Tensor:
 )
 def test_the_closed_form_is_what_the_modules_have(sizes):
     layers = built(**sizes)
-    assert gpt_sizes(**sizes) == catalog_entry(layers)
+    name = "gpt:" + ",".join(f"{key}={value}" for key, value in sizes.items()) if sizes else "gpt"
+    assert gpt_sizes(**sizes) == build_model(name).about() == list(known_layers(name))
     assert [layer.kind for layer in gpt_sizes(**sizes)[-2:]] == ["LayerNorm", "Embedding"]
     distinct = sum(parameter.numel() for parameter in nn.ModuleList(layers).parameters())
     assert distinct == sum(layer.parameters for layer in gpt_sizes(**sizes)[:-1])
@@ -114,7 +116,7 @@ def test_weights_begin_as_in_gpt_2():
     layers = built(layers=8, width=128)
     into_the_stream = STD / math.sqrt(2 * 8)
     for block in (layer for layer in layers if isinstance(layer, Block)):
-        linears = [module for module in block.modules() if isinstance(module, Linear)]
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         spreads = [linear.weight.std().item() for linear in linears]
         assert spreads == pytest.approx([STD, into_the_stream, STD, into_the_stream], rel=0.05)
         assert all((linear.bias == 0).all() for linear in linears)

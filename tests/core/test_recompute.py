@@ -7,7 +7,9 @@ from conftest import SMALL_SGD, run
 from pipetutor.core.config import read_config
 from pipetutor.core.deepspeed_engines import Pipeline
 from pipetutor.core.layers import build
+from pipetutor.core.model import Model
 from pipetutor.core.torch_engine import TorchPipeline
+from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.system.gpus import Gpus
@@ -28,9 +30,9 @@ def rank(name, recompute, dropout):
     net, runs = build("mobilenet_v3_small", dropout=dropout), []
     config = read_config(SMALL_SGD)
     if name == "torch":
-        pipe = TorchPipeline(net, "1f1b", BOUNDS, config, recompute, IMAGE)
+        pipe = TorchPipeline(Model.of(net), "1f1b", BOUNDS, config, torch.empty(2, *IMAGE, device="meta"), recompute)
     else:
-        pipe = Pipeline(net, 2, ",".join(map(str, BOUNDS)), config | {"pipeline": PIPELINE}, recompute)
+        pipe = Pipeline(Model.of(net), 2, ",".join(map(str, BOUNDS)), config | {"pipeline": PIPELINE}, recompute)
         assert pipe.deepspeed.config["pipeline"] == PIPELINE
     for module in (net.features[0], net.features[6]):
         module.register_forward_hook(lambda *_: runs.append(1))
@@ -56,4 +58,4 @@ def test_recomputing_changes_no_bit(name, tmp_path):
 def test_deepspeeds_own_recomputing_is_refused():
     config = SMALL_SGD | {"pipeline": {"activation_checkpoint_interval": 1}}
     with pytest.raises(ValueError, match=r"activation_checkpoint_interval.*recompute=True"):
-        preflight(Options(config=config), World(2, 2, Gpus(0)))
+        preflight(Options(config=config), World(2, 2, Gpus(0)), describe("alexnet", "synthetic"))

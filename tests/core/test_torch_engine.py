@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from pipetutor.core.config import read_config
 from pipetutor.core.layers import build
+from pipetutor.core.model import Model
 from pipetutor.core.torch_engine import COMPUTE, TorchPipeline, build_optimizer
 from pipetutor.schedule.orders import build as streams
 
@@ -77,7 +78,7 @@ def torch_rank(schedule, bounds, config):
     for name, module in net.named_modules():
         module.register_forward_hook(lambda *_, name=name: runs.update([name]))
     random = torch.get_rng_state()
-    engine = TorchPipeline(net, schedule, bounds, config, image=IMAGE)
+    engine = TorchPipeline(Model.of(net), schedule, bounds, config, torch.empty(2, *IMAGE, device="meta"))
     runs.clear()
     assert torch.equal(torch.get_rng_state(), random)
     engine.observe(lambda i, peers: note(engine, seen, gradients, i, peers), lambda: seen.append(None))
@@ -98,7 +99,7 @@ def note(engine, seen, gradients, instruction, peers):
 def deepspeed_rank(bounds, config):
     from pipetutor.core.deepspeed_engines import Pipeline
 
-    engine = Pipeline(model(), len(bounds) - 1, ",".join(map(str, bounds)), config)
+    engine = Pipeline(Model.of(model()), len(bounds) - 1, ",".join(map(str, bounds)), config)
     data = micro_batches() if engine.is_first else labels_alone()
     (group,) = engine.optimizer.param_groups
     return [engine.train_batch(data).item() for _ in range(STEPS)], type(engine.optimizer), about(group)
@@ -225,4 +226,4 @@ def test_what_does_not_fit_is_refused(monkeypatch, schedule, bounds, recompute, 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
-        TorchPipeline(model(), schedule, bounds, SGD, recompute)
+        TorchPipeline(Model.of(model()), schedule, bounds, SGD, torch.empty(2, *IMAGE, device="meta"), recompute)

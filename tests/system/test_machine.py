@@ -13,6 +13,7 @@ import pytest
 from conftest import HANGS, SMALL
 
 from pipetutor import launch
+from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes import environment
@@ -184,10 +185,12 @@ def test_gpus_that_cannot_be_used_are_explained(driver_is, torch_is, monkeypatch
     with pytest.raises(ValueError) as refusal:
         launch(backend="nccl")
     assert f"2 ranks, and this machine has 0 to use ({why}): leave the backend out" in str(refusal.value)
-    plan = preflight(Options(config=SMALL), World(2, 2, gpus(2)))
+    plan = preflight(Options(config=SMALL), World(2, 2, gpus(2)), describe("alexnet", "synthetic"))
     assert plan.backend == "gloo" and f"0 GPUs to use ({why}) cannot serve 2 ranks" in plan.notice
     for backend, devices in ((None, Gpus(0)), ("gloo", gpus(2))):
-        assert not preflight(Options(config=SMALL, backend=backend), World(2, 2, devices)).notice
+        assert not preflight(
+            Options(config=SMALL, backend=backend), World(2, 2, devices), describe("alexnet", "synthetic")
+        ).notice
 
 
 @pytest.mark.parametrize(
