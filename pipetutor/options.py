@@ -191,6 +191,13 @@ class Options:
         "activation checkpointing: a stage keeps its input alone and computes the rest once more",
         "--recompute",
     )
+    memory_limit: float | None = option(
+        None,
+        "above 0?",
+        "gigabytes (10^9 bytes) that each rank may allocate from when it begins to build its part of the model: what "
+        "does not fit into so much fails, as on a smaller machine",
+        "--memory-limit",
+    )
     trace: bool = option(False, "switch", "time every instruction on every rank, into the run directory", "--trace")
     fault: str | None = option(
         None,

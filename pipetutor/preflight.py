@@ -191,6 +191,11 @@ def _backend(options: Options, config: dict[str, Any], world: World) -> tuple[st
             "fp16 needs a GPU for each rank, and this run is on the CPU: use fp32 (dtype='fp32', --dtype fp32) or "
             "bf16"
         )
+    if options.memory_limit and backend == "nccl":
+        raise ValueError(
+            "memory_limit limits the memory of processes, and this run computes in that of GPUs: leave it out, or "
+            "use the CPU (--backend gloo)"
+        )
     if options.partition == PROFILE and backend == "nccl":
         raise ValueError(
             "partition 'profile' measures layers on the CPU, and this run computes on GPUs, where they take other "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pipetutor.core.deepspeed_engines import DataParallel, Pipeline
 from pipetutor.core.engine import Batches, own_device
+from pipetutor.core.limit import MemoryLimit, limited
 from pipetutor.core.loop import Loop
 from pipetutor.core.model import Model, build_model
 from pipetutor.core.observer import Observer
@@ -53,7 +54,8 @@ def _agreed(args: argparse.Namespace) -> Plan:
 
 def _model(options: Options, held: Sequence[range] | None = None) -> Model:
     """Build the model, or the layers that a rank holds: with the same weights, whoever holds them."""
-    model = build_model(options.model, options.seed, dropout=options.dropout, held=held)
+    with limited(options.memory_limit):
+        model = build_model(options.model, options.seed, dropout=options.dropout, held=held)
     if options.weights:
         load_weights(model, options.weights)
     return model
@@ -65,6 +67,8 @@ def _observers(options: Options) -> list[Observer]:
     found: list[Observer] = [Heartbeat(directory, rank)]
     if options.trace and directory:
         found.append(Recorder(directory, rank, own_device()))
+    if options.memory_limit:
+        found.append(MemoryLimit(options.memory_limit))
     if options.fault:
         found.append(Injector(Fault.parse(options.fault), rank))
     return found
