@@ -36,7 +36,7 @@ def resident(name):
 def test_a_rank_builds_its_part_in_little_more_memory_than_that_keeps(tmp_path):
     ((peak, kept),) = run(tmp_path, 1, build, [range(2, 4)])
     assert kept == 2 * 4 * (12 * 512**2 + 13 * 512)
-    assert kept <= 1.001 * peak and peak < 1.2 * kept
+    assert kept < 1.3 * peak and peak < 1.2 * kept  # some of it lies where there was memory already
 
 
 def test_the_whole_does_not_fit_into_the_same(tmp_path):
