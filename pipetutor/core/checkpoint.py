@@ -303,7 +303,7 @@ def _kept(path: Path, stored: dict[str, Any], wanted: Iterable[str]) -> Iterator
     from pipetutor.core.engine import Kept
 
     for name in wanted:
-        parts = {key: empty for key, empty in stored.items() if _tensor_of(key) == name}
+        parts = {key: stored.pop(key) for key in list(stored) if _tensor_of(key) == name}
         load_tensors(path, parts)
         weight = parts.pop(f"model.{name}")
         yield Kept(name, weight, {key.rsplit(".", 1)[1]: value for key, value in parts.items()})
