@@ -275,8 +275,8 @@ def _check_torch_runs(options: Options, batch: Batch, config: dict[str, Any]) ->
         )
     if batch.replicas > 1:
         raise ValueError(f"engine 'torch' runs 1 replica, not {batch.replicas}: {DEEPSPEED} runs more")
-    known = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
-    known.add("gradient_clipping")
+    batches = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+    known = batches | {"optimizer", "gradient_clipping"}
     asked = [name for name in ("eval_every", "save_every", "resume") if getattr(options, name) is not None]
     for name in (*config, *asked):
         if name not in known:

@@ -71,10 +71,15 @@ KILLS = 20
 
 
 @pytest.mark.timeout(1800)
-def test_20_kills_at_random_moments_lose_nothing(runs):
+@pytest.mark.parametrize(
+    "shape",
+    [dict(config=SMALL), dict(replicas=2, config=SMALL | {"zero_optimization": {"stage": 1}})],
+    ids=["two stages", "ZeRO-1 2 x 2"],
+)
+def test_20_kills_at_random_moments_lose_nothing(runs, shape):
     """A run that saves every step; each kill is followed by a resume, which is killed in turn."""
     steps = 1000
-    common = dict(stages=2, model="mobilenet_v3_small", config=SMALL)
+    common = dict(stages=2, model="mobilenet_v3_small", **shape)
     moments = random.Random(1138)
     losses: dict[int, float] = {}
     latest: Path | None = None

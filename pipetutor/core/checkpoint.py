@@ -287,7 +287,16 @@ def restore(engine: "Engine", path: Path, manifest: dict[str, Any], topology: di
         lost = "another kind of device than that of the checkpoint"
     if lost:
         mine = {}
-    engine.load(_kept(path, stored, engine.state()), manifest["step"])
+    state = engine.state()
+    for name, tensor in state.items():
+        there = stored.get(f"model.{name}")
+        if there is None or there.shape != tensor.shape:
+            kept = f"keeps {name} as {tuple(there.shape)}" if there is not None else f"has no {name}"
+            raise CheckpointError(
+                f"checkpoint {path} {kept}, and the model has {tuple(tensor.shape)}: it is not the model of the "
+                "checkpoint any more; start anew, or go back to the code that saved"
+            )
+    engine.load(_kept(path, stored, state), manifest["step"])
     if "scheduler" in manifest and engine.scheduler:
         engine.scheduler.load_state_dict(manifest["scheduler"])
         for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
@@ -303,7 +312,7 @@ def _kept(path: Path, stored: dict[str, Any], wanted: Iterable[str]) -> Iterator
     from pipetutor.core.engine import Kept
 
     for name in wanted:
-        parts = {key: empty for key, empty in stored.items() if _tensor_of(key) == name}
+        parts = {key: stored.pop(key) for key in list(stored) if _tensor_of(key) == name}
         load_tensors(path, parts)
         weight = parts.pop(f"model.{name}")
         yield Kept(name, weight, {key.rsplit(".", 1)[1]: value for key, value in parts.items()})

@@ -87,6 +87,118 @@ def test_other_replicas_and_the_baseline_go_on_with_equal_losses(runs):
         equal_but_for_rounding(run.losses, whole.losses[2:], without.losses)
 
 
+ZERO = {"zero_optimization": {"stage": 1}}
+BF16 = {"bf16": {"enabled": True}}
+ADAGRAD = {"optimizer": {"type": "Adagrad", "params": {"lr": 0.01}}}
+GPT = ["--model", "gpt:layers=1,width=16,dropout=0.1", "--dataset", "sums"]
+
+
+@pytest.mark.parametrize(
+    ("net", "stages", "extra"),
+    [
+        (NET, 2, ZERO),
+        (NET, 2, ZERO | ADAGRAD),
+        (NET, 0, ZERO | {"zero_optimization": {"stage": 2}}),
+        (GPT, 2, ZERO),  # the ranks of both stages hold the tied weight
+        (NET, 2, BF16),
+        (NET, 0, BF16),
+        (NET, 2, ZERO | BF16),
+        (NET, 1, ZERO | BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}),
+    ],
+    ids=["ZeRO 1", "Adagrad", "ZeRO 2", "tied", "bf16", "bf16, baseline", "bf16, ZeRO 1", "bf16, sums in fp32"],
+)
+def test_what_replicas_share_out_goes_on_bit_for_bit(net, stages, extra, runs):
+    """Dropout on, a schedule of learning rates: equal losses, and equal tensors in the checkpoint at the end."""
+    common = dict(stages=stages, replicas=2, config=SCHEDULED | extra)
+    whole = train(runs / "whole", "-s", 4, "--save-every", 2, *net, **common)
+    start = whole.directory / "checkpoints/step-000002"
+    then = train(runs / "then", "-s", 4, "--save-every", 2, "--resume", start, *net, **common)
+    assert then.losses == whole.losses[2:]
+    before, expected, found = map(tensors_of, (start, whole.directory, then.directory))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in expected.items() if "exp_avg" in name)
+
+
+def tensors_of(path):
+    found = checkpoint.find(path)
+    tensors = checkpoint.stored_tensors(found)
+    checkpoint.load_tensors(found, tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("net", [["--model", "tiny"], GPT], ids=["tiny", "gpt"])
+def test_whatever_shares_out_a_checkpoint_is_the_same(net, runs):
+    """The same names and shapes, all of them in fp32; and after a step of SGD the same values."""
+    quiet = ["-s", 1, "--save-every", 1, "--dropout", 0, *net]
+    cases = {(2, 1, "alone"): {}, (2, 2, "ZeRO"): UNTESTED, (0, 2, "baseline"): UNTESTED, (2, 2, "bf16"): BF16}
+    found = {
+        case: {
+            name: tensor
+            for name, tensor in tensors_of(
+                train(runs / case[2], *quiet, stages=case[0], replicas=case[1], config=MOMENTUM | extra).directory
+            ).items()
+            if not name.startswith("random.")
+        }
+        for case, extra in cases.items()
+    }
+    alone = found[2, 1, "alone"]
+    assert any(name.endswith("momentum_buffer") for name in alone)
+    for (*_, how), tensors in found.items():
+        assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+            name: (t.shape, t.dtype) for name, t in alone.items()
+        }
+        for name, tensor in tensors.items():
+            if how != "bf16":
+                torch.testing.assert_close(tensor, alone[name], msg=lambda m, name=name: f"{name}: {m}")
+    weights = [tensor for name, tensor in found[2, 2, "bf16"].items() if name.endswith("weight")]
+    assert not any(torch.equal(weight, weight.bfloat16().float()) for weight in weights), "rounded"
+
+
+UNTESTED = ZERO | {"zero_allow_untested_optimizer": True}  # for SGD
+
+
+@pytest.mark.parametrize("saved_by", [{}, UNTESTED], ids=["ZeRO 0", "ZeRO 1"])
+def test_zero_goes_on_from_any_stages_and_replicas(saved_by, runs):
+    quiet = ["--model", "tiny", "--dropout", 0, "-s", 4]
+    whole = train(runs / "whole", *quiet, "--save-every", 2, stages=2, replicas=2, config=MOMENTUM | saved_by)
+    rest = [*quiet, "--resume", runs / "whole" / "checkpoints/step-000002"]
+    forgetful = functools.partial(forget, "optimizer.")
+    without = train(runs / "without", *rest, stages=2, replicas=2, config=MOMENTUM, patch=forgetful)
+    for stages, replicas, extra in (
+        (4, 1, UNTESTED),
+        (1, 2, UNTESTED),
+        (0, 2, UNTESTED),
+        (2, 2, UNTESTED),
+        (2, 1, {}),
+    ):
+        run = train(
+            runs / f"{stages}x{replicas}{len(extra)}",
+            *rest,
+            stages=stages,
+            replicas=replicas,
+            config=MOMENTUM | extra,
+        )
+        equal_but_for_rounding(run.losses, whole.losses[2:], without.losses)
+
+
+def test_a_model_of_the_same_name_and_another_shape_is_refused(runs):
+    saved = train(runs / "saved", "-s", 1, "--save-every", 1, *NET)
+    with pytest.raises(RankFailed, match=r"keeps classifier.5.weight as \(10, 8\), and the model has \(3, 8\)"):
+        train(runs / "other", "-s", 2, "--resume", saved.directory, *NET, patch=three_classes)
+
+
+def three_classes():
+    import tiny
+    from torch import nn
+
+    class Linear(nn.Linear):
+        def __init__(self, inputs, outputs):
+            super().__init__(inputs, 3 if outputs == 10 else outputs)
+
+    tiny.nn = type("NN", (), vars(nn) | {"Linear": Linear})
+
+
 def forget(part):
     from pipetutor.core import checkpoint
 
@@ -268,18 +380,6 @@ def test_a_checkpoint_of_something_else_is_refused_before_anything_starts(saved,
     with pytest.raises(RankFailed, match=words) as refusal:
         train(runs, "-s", 5, "--resume", saved.directory, *NET, *arguments, config=SCHEDULED)
     assert "exit codes [2]" in str(refusal.value) and "Traceback" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "config, words",
-    [
-        ({"bf16": {"enabled": True}}, "bf16 cannot be saved"),
-        ({"zero_optimization": {"stage": 1}}, "zero_optimization stage 1 cannot be saved"),
-    ],
-)
-def test_what_cannot_be_saved_is_refused(runs, config, words):
-    with pytest.raises(RankFailed, match=words):
-        train(runs, "-s", 1, "--save-every", 1, *NET, config=SMALL | config)
 
 
 def killed_while_it_saves_step_two():

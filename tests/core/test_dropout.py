@@ -65,11 +65,15 @@ def test_each_replica_draws_masks_of_its_own_and_all_keep_the_same_weights(stage
     assert noted(runs / "again", stages, 2) == (masks, weights)
 
 
-def test_replicas_draw_masks_of_their_own_after_a_change_of_topology(runs):
-    common = dict(stages=1, config=SMALL_SGD, patch=note_masks_and_weights)
-    train(runs / "first", *NET, "--save-every", 2, replicas=1, **common)
-    for replicas in (1, 2):  # of which the first goes on with the saved random numbers
-        name = runs / str(replicas)
-        train(name, *NET[:2], "-s", 3, "--resume", find(runs / "first"), replicas=replicas, **common)
-    masks, _ = noted(runs / "2", 1, 2)
-    assert len(set(masks[0] + masks[1])) == 2
+@pytest.mark.parametrize("stages", [0, 1, 2])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_replicas_draw_masks_of_their_own_after_a_change_of_topology(before, after, stages, runs):
+    """And none that was drawn before."""
+    common = dict(config=SMALL_SGD | {"train_batch_size": 8}, patch=note_masks_and_weights)
+    train(runs / "first", *NET, "--save-every", 2, stages=1, replicas=before, **common)
+    then = [*NET[:2], "-s", 3, "--resume", find(runs / "first")]
+    train(runs / "then", *then, stages=stages, replicas=after, **common)
+    old, (new, weights) = noted(runs / "first", 1, before)[0], noted(runs / "then", stages, after)
+    drawn = [mask for of_replica in (*old, *new) for mask in of_replica]
+    assert len(drawn) == 2 * 4 + 4 and len(set(drawn)) == len(drawn), "a mask twice"
+    assert all(of_replica == weights[0] for of_replica in weights)

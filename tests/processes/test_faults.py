@@ -70,10 +70,11 @@ def test_the_culprits_are_where_the_waits_end(waits, expected):
     assert blamed(waits) == expected
 
 
-def test_who_waits_in_one_collective_waits_for_who_is_missing():
+@pytest.mark.parametrize("name", ["ReduceGrads", "OptimizerStep"])
+def test_who_waits_in_one_collective_waits_for_who_is_missing(name):
     replicas = [
-        Beat(0, "training", 3, "ReduceGrads", None, [1, 2]),
-        Beat(1, "training", 3, "ReduceGrads", None, [0, 2]),
+        Beat(0, "training", 3, name, None, [1, 2]),
+        Beat(1, "training", 3, name, None, [0, 2]),
         Beat(2, "training", 3, "BackwardPass", 1),
     ]
     assert [ranks_of(found) for found in culprits(replicas)] == [[2]]
