@@ -70,7 +70,7 @@ CORE = [
     ),
     Mutation(
         "core/recompute.py",
-        "return nullcontext(), _without_effect(self)",
+        "return nullcontext(), without_effect(self)",
         "return nullcontext(), nullcontext()",
         "core/test_recompute.py",
     ),

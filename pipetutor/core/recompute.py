@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 
 @contextmanager
-def _without_effect(module: nn.Module) -> Iterator[None]:
+def without_effect(module: nn.Module) -> Iterator[None]:
     """Take back what is done to the module's buffers."""
     owners = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
     for owner, buffers in owners:
@@ -46,7 +46,7 @@ class StageLayers(nn.Sequential):
         self._recompute = recompute
 
     def _contexts(self) -> tuple[Any, Any]:
-        return nullcontext(), _without_effect(self)  # running statistics take in a micro-batch once
+        return nullcontext(), without_effect(self)  # running statistics take in a micro-batch once
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute the stage's output, contiguous, and have the input's gradient be so.
