@@ -34,6 +34,7 @@ from pipetutor.processes.job import ROWS, do_job
 __all__: list[str] = []
 
 REPEATS = 3
+MEANS = (1_000, 1_000_000, 4_000_000)  # numbers in a tensor that a mean is taken of
 SEED = 1138
 PATIENCE_SECONDS = 600
 
@@ -169,6 +170,28 @@ def _transfers(rank: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
     return found
 
 
+def _means(rank: int, ranks: int) -> list[tuple[int, int, float]]:
+    """Take means over groups of ranks, all groups at once; return (ranks of a group, bytes of each rank, seconds).
+
+    As DeepSpeed does: the gradients are copied into one tensor, added up, divided, and copied back.
+    """
+    found = []
+    for size in (n for n in range(2, ranks + 1) if ranks % n == 0):
+        starts = range(0, ranks, size)
+        groups: list[Any] = [dist.new_group(list(range(first, first + size))) for first in starts]
+        for count in MEANS:
+            gradients, times = torch.zeros(count), []
+            for _ in range(2 * REPEATS):
+                dist.barrier()
+                begin = time.perf_counter()
+                flat = gradients.clone()
+                dist.all_reduce(flat, group=groups[rank // size])
+                gradients.copy_(flat.div_(size))
+                times.append(time.perf_counter() - begin)
+            found.append((size, gradients.nbytes, statistics.median(times)))
+    return found
+
+
 def wire(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Return latency in seconds and bandwidth in bytes a second of a wire, from (bytes, seconds) of its messages.
 
@@ -230,6 +253,7 @@ def _rank(
             samples["optimizer"].append((time.perf_counter() - begin) / count)
     samples["share"] = [weight_shares(layers, images) for _ in range(REPEATS)]
     sizes = sorted({4096, *(layer["output_bytes"] for layer in memory)})
+    samples["means"] = _means(rank, ranks)
     samples["transfers"] = _transfers(rank, sizes) if ranks > 1 else []
     return dict(samples)
 
@@ -252,6 +276,9 @@ def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int
         for layer, (forward, backward, weight, saved), memory in zip(about, times, found[0]["memory"], strict=True)
     ]
     latency, bandwidth = wire(found[0]["transfers"]) if found[0]["transfers"] else (0.0, float("inf"))
+    means: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for size, count, seconds in found[0]["means"]:
+        means[size].append((count, seconds))
     costs = LayerCosts(
         model,
         micro_batch,
@@ -261,6 +288,7 @@ def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int
         found[0]["input_bytes"],
         latency=latency,
         bandwidth=bandwidth,
+        reduce=tuple((size, *wire(taken)) for size, taken in means.items()),
         directory=directory,
         **{name: float(median(name)) for name in ("load_images", "load_labels", "copy", "optimizer")},
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,8 @@ class LayerCosts:
         bandwidth: bytes a second of a long one; infinite where one rank measured alone.
         optimizer: seconds a parameter, for a step of fused AdamW and the release of the gradients.
         directory: where ``costs.json`` holds the same.
+        reduce: (R, latency, bandwidth) of a mean over R ranks, as replicas take it of gradients, for each R that
+            ``ranks`` can be divided into: seconds, and bytes of each rank a second.
     """
 
     model: str
@@ -100,27 +103,42 @@ class LayerCosts:
     bandwidth: float
     optimizer: float
     directory: Path
+    reduce: tuple[tuple[int, float, float], ...] = ()
 
-    def for_bounds(self, bounds: Sequence[int], micro_batches: int | None = None) -> Costs:
-        """Add the layers up to the stages of a pipeline without replicas.
+    def for_bounds(
+        self, bounds: Sequence[int], micro_batches: int | None = None, *, replicas: int = 1, zero_stage: int = 0
+    ) -> Costs:
+        """Add the layers up to the stages of a pipeline.
 
         Args:
             bounds: P + 1 layer indices, such as ``run.bounds``.
             micro_batches: M, over which the first backward of a step, which adds to nothing, is averaged in; without
                 it, every backward counts as a later one.
 
+            replicas: copies R of the pipeline, which take the mean of their gradients at the end of a step.
+            zero_stage: with 1, each replica steps a share of the weights, and sends it to the others, which takes
+                about half as long as a mean.
+
         Returns:
             What a stage costs for each micro-batch. Its activation bytes are what is held from the forward to the
             backward: what autograd saves, and the input and output that DeepSpeed keeps.
 
         Raises:
-            ValueError: the bounds do not fit the model, or ``micro_batches`` is no whole number of at least 1.
+            ValueError: the bounds do not fit the model, or ``micro_batches`` is no whole number of at least 1; or
+                reductions over so many replicas were not measured.
         """
         check("bounds", bounds, list_of(whole(0)))
         kinds = [Layer(layer.kind, layer.parameters, layer.tied) for layer in self.layers]
         bounds = bounds_for(kinds, len(bounds) - 1, ",".join(map(str, bounds)))
         check("micro_batches", micro_batches, "count?")
+        check("replicas", replicas, "count")
+        check("zero_stage", zero_stage, [0, 1])
         stages = [self.stage(low, high, micro_batches) for low, high in itertools.pairwise(bounds)]
+        reduce = [self._reduce(4 * stage.parameters, replicas) for stage in stages]
+        share = replicas if zero_stage else 1
+        steps = [self.optimizer * stage.parameters / share for stage in stages]
+        if zero_stage:
+            steps = [step + mean / 2 for step, mean in zip(steps, reduce, strict=True)]
         return Costs(
             forward=[stage.forward for stage in stages],
             backward_input=[stage.backward_input for stage in stages],
@@ -130,8 +148,9 @@ class LayerCosts:
             latency=self.latency,
             bandwidth=self.bandwidth,
             load=[stage.load for stage in stages],
-            optimizer=[self.optimizer * stage.parameters for stage in stages],
-            all_reduce=[0.0] * len(stages),
+            optimizer=steps,
+            all_reduce=reduce,
+            tied_reduce=[self._reduce(size, 2) if size else 0.0 for size in self._tied_bytes(bounds)],
         )
 
     def stage(self, low: int, high: int, micro_batches: int | None = None) -> StageCost:
@@ -156,6 +175,28 @@ class LayerCosts:
             output_bytes=layers[-1].output_bytes,
             parameters=parameters_of(layers),
         )
+
+    def _reduce(self, size: int, replicas: int) -> float:
+        """Return the seconds of a mean over so many ranks, of so many bytes each."""
+        known = {ranks: (latency, bandwidth) for ranks, latency, bandwidth in self.reduce}
+        if replicas == 1:
+            return 0.0
+        if replicas not in known:
+            raise ValueError(
+                f"means over {replicas} ranks were not measured, but over {', '.join(map(str, known)) or 'none'}: "
+                f"measure with {replicas} ranks, or a multiple of that"
+            )
+        latency, bandwidth = known[replicas]
+        return latency + size / bandwidth
+
+    def _tied_bytes(self, bounds: Sequence[int]) -> list[int]:
+        """Return the bytes of tied parameters that each stage has a copy of, and another stage as well."""
+        held = [
+            {layer.tied: 4 * layer.parameters for layer in self.layers[low:high] if layer.tied}
+            for low, high in itertools.pairwise(bounds)
+        ]
+        count = Counter(key for sizes in held for key in sizes)
+        return [sum(size for key, size in sizes.items() if count[key] > 1) for sizes in held]
 
     def __str__(self) -> str:
         """Return the table: times in milliseconds, sizes in megabytes of a million bytes."""
@@ -186,5 +227,9 @@ class LayerCosts:
             raise ValueError(disk.cannot(f"read the costs in {directory}", error)) from None
         if content["bandwidth"] is None:  # infinite, where no rank sends: JSON has no word for it
             content["bandwidth"] = float("inf")
+        content["reduce"] = tuple(
+            (ranks, latency, float("inf") if bandwidth is None else bandwidth)
+            for ranks, latency, bandwidth in content["reduce"]
+        )
         layers = [layer | {"kept": tuple(map(tuple, layer["kept"]))} for layer in content.pop("layers")]
         return cls(**content, layers=tuple(LayerCost(**layer) for layer in layers), directory=Path(directory))

@@ -36,6 +36,7 @@ class Costs:
             stream does not name it.
         optimizer: seconds of an ``OptimizerStep``, for each stage; () for nothing.
         all_reduce: seconds of a ``ReduceGrads``, for each stage; () for nothing.
+        tied_reduce: seconds of a ``ReduceTiedGrads``, for each stage; () for nothing.
 
     Raises:
         ValueError: lengths that do not fit, or a number that is no cost.
@@ -54,12 +55,14 @@ class Costs:
     load: Sequence[float] = ()
     optimizer: Sequence[float] = ()
     all_reduce: Sequence[float] = ()
+    tied_reduce: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
         if not stages:
             raise ValueError("costs of 0 stages: give them for at least 1")
-        for name in ("backward_input", "backward_weight", "activation_bytes", "load", "optimizer", "all_reduce"):
+        once = ("optimizer", "all_reduce", "tied_reduce")
+        for name in ("backward_input", "backward_weight", "activation_bytes", "load", *once):
             given = len(getattr(self, name))
             if given != stages and (given or name.startswith("backward")):
                 raise ValueError(f"{name} has {given} numbers, forward has {stages}: give one for each stage")
@@ -105,7 +108,12 @@ class Costs:
         table[CODE["BackwardPass"]] = np.add(self.backward_input, self.backward_weight)
         if self.load:
             table[CODE["LoadMicroBatch" if full else "ForwardPass"]] += self.load
-        for name, costs in (("OptimizerStep", self.optimizer), ("ReduceGrads", self.all_reduce)):
+        once = {
+            "ReduceTiedGrads": self.tied_reduce,
+            "ReduceGrads": self.all_reduce,
+            "OptimizerStep": self.optimizer,
+        }
+        for name, costs in once.items():
             for stage, cost in enumerate(costs):
                 table[CODE[name], stage % ranks] += cost
         for boundary in range(len(self.forward) - 1):
