@@ -69,7 +69,10 @@ def mistaken(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("extra", [{}, ZERO], ids=["ZeRO 0", "ZeRO 1"])
+SMALL_BUFFER = ZERO | {"zero_optimization": {"stage": 1, "reduce_bucket_size": 50}}  # some weights fit, some do not
+
+
+@pytest.mark.parametrize("extra", [{}, ZERO, SMALL_BUFFER], ids=["ZeRO 0", "ZeRO 1", "ZeRO 1, small buffer"])
 @pytest.mark.parametrize(("stages", "replicas"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
 def test_deepspeeds_engine_clips_as_one_process_does(stages, replicas, extra, runs, one_process, mistaken):
     found = train(runs, *TINY, stages=stages, replicas=replicas, config=CLIPPED | extra)

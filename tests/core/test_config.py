@@ -183,3 +183,12 @@ def test_params_are_those_that_an_optimizer_and_a_scheduler_take():
             assert set(params) - {"torch_adam", "adam_w_mode"} <= set(taken), name
             needed = {key for key, kind in params.items() if str(kind).endswith("!")}
             assert needed == {key for key in [*taken][1:] if taken[key].default is inspect.Parameter.empty}, name
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [({}, 5_000_000), ({"reduce_bucket_size": 7}, 7)])
+def test_zero_reduces_through_a_small_buffer_unless_another_is_asked_for(asked, wanted):
+    from pipetutor.core.deepspeed_engines import engine_config
+
+    given = read_config({"zero_optimization": {"stage": 1} | asked})
+    assert engine_config(given, 2)["zero_optimization"] == {"stage": 1, "reduce_bucket_size": wanted}
+    assert given["zero_optimization"] == {"stage": 1} | asked, "what was given stays as it is"

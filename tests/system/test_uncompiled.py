@@ -16,8 +16,10 @@ def code(text: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("stages, replicas, optimizer", [(2, 1, "AdamW"), (0, 2, "SGD")])
-def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas, optimizer):
+@pytest.mark.parametrize(
+    "stages, replicas, optimizer, zero", [(2, 1, "AdamW", 0), (0, 2, "SGD", 0), (1, 2, "AdamW", 1)]
+)
+def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas, optimizer, zero):
     """Each says at its end which parts of the compiler it has loaded."""
     in_ranks(
         runs.parent,
@@ -31,7 +33,7 @@ def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas,
         atexit.register(note)
         """,
     )
-    config = SMALL | {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}}
+    config = SMALL | {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}, "zero_optimization": {"stage": zero}}
     common = dict(model="mobilenet_v3_small", eval_every=2, config=config, runs_dir=runs)
     run = launch(stages, replicas, steps=2, **common)
     assert len(run.losses) == 2
