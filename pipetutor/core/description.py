@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pipetutor.core.gpt_sizes import gpt_sizes
 from pipetutor.core.partition import Layer, catalog
 from pipetutor.data.sums import ALPHABET, LENGTH
-from pipetutor.system.kinds import closest
+from pipetutor.system.kinds import check
 from pipetutor.system.named import FORM, Named
 
-__all__ = ["DATASETS", "Data", "Description", "known_data", "known_layers"]
+__all__ = ["DATASETS", "Data", "Description", "check_pair", "known_data", "known_layers"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def known_layers(model: str) -> Sequence[Layer] | None:
     >>> len(known_layers("gpt:layers=2"))
     6
     """
-    named = Named.parse(model)
+    named = _named("model", model, [*sorted(catalog()), "gpt"])
     if named.is_own:
         return None
     if named.name == "gpt":
@@ -67,17 +67,10 @@ def known_layers(model: str) -> Sequence[Layer] | None:
         except TypeError as error:
             words = str(error).removeprefix("gpt_sizes() ")
             raise ValueError(
-                f"{model}: {words}; a gpt takes layers, width, heads, vocabulary, length, dropout"
+                f"model {model}: {words}; a gpt takes layers, width, heads, vocabulary, length, dropout"
             ) from None
-    if named.name not in catalog():
-        close = closest(named.name, [*catalog(), "gpt"], 0.5)
-        hint = f"did you mean {close!r}? " if close else ""
-        raise ValueError(
-            f"there is no model {model!r}: {hint}give gpt, a function of your own ({FORM}), or a torchvision model "
-            f"that is a chain of blocks: {', '.join(sorted(catalog()))}"
-        )
     if named.arguments:
-        raise ValueError(f"{model}: {named.name} takes no arguments; gpt does, and functions of your own")
+        raise ValueError(f"model {model}: {named.name} takes no arguments; gpt does, and functions of your own")
     return catalog()[named.name]
 
 
@@ -87,14 +80,24 @@ def known_data(dataset: str) -> Data | None:
     Raises:
         ValueError: there is no such data set.
     """
-    named = Named.parse(dataset)
+    named = _named("dataset", dataset, list(DATASETS))
     if named.is_own:
         return None
-    if named.name not in DATASETS or named.arguments:
-        raise ValueError(
-            f"there is no data set {dataset!r}: give {', '.join(DATASETS)}, or a function of your own ({FORM})"
-        )
+    if named.arguments:
+        raise ValueError(f"dataset {dataset}: {named.name} takes no arguments; functions of your own do")
     return DATASETS[named.name]
+
+
+def _named(option: str, text: str, known: list[str]) -> Named:
+    """Take a name apart, and refuse one of ours that is none."""
+    try:
+        named = Named.parse(text)
+        if not named.is_own:
+            check(option, named.name, known)
+    except ValueError as error:
+        words = str(error) if str(error).startswith("unknown") else f"{option} {error}"
+        raise ValueError(f"{words}; or give a function of your own, {FORM}") from None
+    return named
 
 
 def check_pair(model: str, dataset: str) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "held",
     "log_path",
     "lost_in",
+    "marks",
     "number",
     "read",
     "read_failures",

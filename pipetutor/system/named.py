@@ -21,9 +21,9 @@ from typing import Any
 
 from pipetutor.system.kinds import shown
 
-__all__ = ["Named"]
+__all__ = ["FORM", "Named"]
 
-FORM = "module:function, or module:function:key=value,key=value"
+FORM = "module:function or module:function:key=value"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Named:
         else:
             parts.append(last)
         if len(parts) not in (1, 2) or not all(re.fullmatch(r"[^\W\d][\w.-]*", part) for part in parts):
-            raise ValueError(f"{shown(text)} is neither a name nor a function: it must be {FORM}")
+            raise ValueError(f"{shown(text)} is neither a name nor a function")
         return cls(text, parts[0] if len(parts) == 2 else "", parts[-1], arguments)
 
     @property
