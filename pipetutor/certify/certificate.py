@@ -210,7 +210,8 @@ def _read(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _brief(row: dict[str, Any]) -> str:
-    return f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']} {_verdict(row)[:60]}"
+    case = f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']}"
+    return " ".join(filter(None, [case, row["way"], _verdict(row)[:60]]))
 
 
 def main() -> None:

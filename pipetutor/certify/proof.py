@@ -46,21 +46,21 @@ class Case:
 
     Attributes:
         model: as in ``launch``, or ``vgg``, a narrow VGG11.
-        dataset: as in ``launch``.
         stages: pipeline stages P.
         micro_batches: M, in each step and replica.
         replicas: copies of the pipeline.
         control: one of ``CONTROLS``, a fault that the comparison must find; empty for the pipeline as it is.
         way: one of ``WAYS`` in which the pipeline trains; empty for DeepSpeed's engine and plain SGD.
+        dataset: as in ``launch``.
     """
 
     model: str
-    dataset: str
     stages: int
     micro_batches: int
     replicas: int
     control: str = ""
     way: str = ""
+    dataset: str = "synthetic"
 
     @property
     def engine(self) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import HANGS, processes_of
 
-from pipetutor.certify.certificate import Certificate, _brief, certify
-from pipetutor.certify.proof import CONTROLS, MARGIN, STEPS, TOLERANCE, Case, build_model, compare, judge
+from pipetutor.certify.certificate import CONTROLS, WAYS, Certificate, _brief, certify
+from pipetutor.certify.proof import MARGIN, STEPS, TOLERANCE, Case, compare, judge, model_of
 
 CASE = Case("vgg", stages=2, micro_batches=4, replicas=1)
 CONTROL = Case("vgg", stages=2, micro_batches=4, replicas=1, control="summed")
@@ -96,7 +96,7 @@ def test_one_wrong_entry_among_many_tensors_is_found():
 
 
 def test_the_models_begin_the_same_and_have_no_dropout():
-    first, second, other = (build_model("vgg", seed) for seed in (1, 1, 2))
+    first, second, other = (model_of("vgg", seed).whole for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
     images = torch.randn(2, 3, 224, 224)
@@ -105,7 +105,7 @@ def test_the_models_begin_the_same_and_have_no_dropout():
 
 def test_the_pipeline_is_right_and_the_controls_are_not(runs):
     """From a cell; AlexNet and all of the topologies are in the default set, which `make prove` runs."""
-    certificate = certify(["vgg"], stages=[1, 3], micro_batches=[1, 4], replicas=[1, 2], runs_dir=runs)
+    certificate = certify(["vgg"], stages=[1, 3], micro_batches=[1, 4], replicas=[1, 2], ways=[], runs_dir=runs)
     assert certificate.passed, str(certificate)
     assert [row["equal"] for row in certificate.rows] == [True] * 8 + [False] * 3
     for row in certificate.rows[:8]:
@@ -123,11 +123,44 @@ def test_the_pipeline_is_right_and_the_controls_are_not(runs):
         "scaled": "gradients of stage 0 are 0.25 times what they should be",
         "weights": "stage 1 did not begin with the reference's weights",
     }
-    assert set(reasons) == set(CONTROLS)
     assert json.loads((certificate.directory / "certificate.json").read_text())["passed"] is True
     said = str(certificate)
     assert "PASSED: 8 of 8 pipelines equal one process, 3 of 3 controls were found out" in said
     assert not processes_of(runs.parent)
+
+
+def test_tied_weights_both_engines_clipping_and_zero_are_right_and_their_controls_are_not(runs):
+    certificate = certify(["gpt:layers=2,width=32"], [2], [4], [2], runs_dir=runs)
+    assert certificate.passed, str(certificate)
+    pipelines = [row for row in certificate.rows if not row["control"]]
+    assert [row["way"] for row in pipelines] == ["", *WAYS]
+    for row in pipelines:
+        assert row["initial"]["absolute"] == 0.0 < row["final"]["absolute"]
+        assert max(row[part]["relative"] for part in ("gradient", "final", "loss")) <= TOLERANCE
+    reasons = {row["control"]: row["reason"] for row in certificate.rows if row["control"]}
+    assert reasons.keys() == CONTROLS.keys()
+    for control in ("stagewise", "untied"):
+        assert "gradients of stage 0 are" in reasons[control] and "gradients of stage 1 are" in reasons[control]
+    assert reasons["apart"] == "stage 1 did not begin with the reference's weights"
+
+
+NOISY = """
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+    def noisy(): return [nn.Linear(4, 4), lambda x: x + torch.rand_like(x), nn.Linear(4, 2)]
+    def data(train): return TensorDataset(torch.ones(32, 4), torch.zeros(32, dtype=torch.long))
+"""
+
+
+def test_a_model_that_draws_as_it_computes_is_said_to_have_nothing_to_compare(runs, tmp_path):
+    (tmp_path / "noisy_model.py").write_text(textwrap.dedent(NOISY))
+    with pytest.raises(ValueError, match=r"noisy_model:noisy is a model of your own: say what it reads, too"):
+        certify(["noisy_model:noisy"], runs_dir=runs)
+    asked = dict(ways=[], dataset="noisy_model:data", runs_dir=runs)
+    certificate = certify(["noisy_model:noisy"], [2], [1], [1], **asked)
+    assert not certificate.passed
+    assert "draws random numbers as it computes" in certificate.rows[0]["reason"]
 
 
 BROKEN = """
@@ -182,7 +215,12 @@ def test_a_rank_that_fails_is_a_row_that_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--models", "resnet18"], "models is ['resnet18'], but must be a list, each item one of alexnet, vgg"),
+        (["--models", "alexnot"], "unknown model 'alexnot': try 'alexnet'"),
+        (
+            ["--ways", "clippd"],
+            "ways is ['clippd'], but must be a list, each item one of torch, clipped, torch clipped",
+        ),
+        (["--models", "gpt:layers=2,width=30"], "width 30 is no multiple of heads 4"),
         (
             ["--stages", "0,1"],
             "stages is [0, 1], but must be a list, each item a whole number of at least 1 and at most 4",
