@@ -17,7 +17,7 @@ def code(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "stages, replicas, optimizer, zero", [(2, 1, "AdamW", 0), (0, 2, "SGD", 0), (1, 2, "AdamW", 1)]
+    "stages, replicas, optimizer, zero", [(2, 1, "AdamW", 0), (0, 2, "SGD", 0), (0, 2, "AdamW", 1)]
 )
 def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas, optimizer, zero):
     """Each says at its end which parts of the compiler it has loaded."""
