@@ -26,7 +26,7 @@ SMALLEST = smallest()
 ENGINES = pytest.mark.parametrize("schedule", [None, "1f1b"], ids=["deepspeed", "torch"])
 
 NARROW = "a narrow ConvNeXt"
-CUT = [0, 3, 8]  # behind a block whose output has channels last, ahead of a layer that wants them there
+CUT = [0, 2, 9]  # behind a block whose output has channels last, ahead of a layer that wants them there
 
 
 def model(name):
@@ -101,7 +101,7 @@ def check(results, name):
     assert (results[0][1] - gradient).norm() < gradient.norm() / 1000
 
 
-SLOW = {name for name in SMALLEST if image(name)[1] > 64 or parameters_of(catalog()[name]) > 25e6}
+SLOW = {name for name in SMALLEST if image(name)[1] > 64 or parameters_of(catalog()[name]) > 20e6}
 QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SMALLEST]
 
 
@@ -183,7 +183,7 @@ def test_every_cut_in_two_computes_the_same(name, recompute):
         check_pieces(name, [0, cut, count], recompute)
 
 
-@pytest.mark.parametrize("schedule, recompute", [(None, True), ("1f1b", False), ("1f1b", True)])
+@pytest.mark.parametrize("schedule, recompute", [(None, False), (None, True), ("1f1b", False), ("1f1b", True)])
 def test_an_activation_that_works_in_place_begins_a_stage(schedule, recompute, tmp_path):
     """What entered is needed once more: for its gradient, or to compute from it again."""
     layers = flatten_layers(model("mobilenet_v3_small"))
