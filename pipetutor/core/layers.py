@@ -285,7 +285,7 @@ def _seen(
             seen = {"output": output}
             if entering:
                 seen["input of the last layer"] = entering[-1]
-            buffers = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+            effects = {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     finally:
         hook.remove()
     first = next((p for p in model.parameters() if p.requires_grad), None)
@@ -293,8 +293,8 @@ def _seen(
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(x.shape, generator=generator).to(x) for x in seen.values()]
         (gradient,) = torch.autograd.grad([*seen.values()], first, weights, allow_unused=True, materialize_grads=True)
-        seen["gradient of its first parameter"] = gradient
-    return {what: x.detach() for what, x in (seen | buffers).items()}
+        effects["gradient of its first parameter"] = gradient
+    return {what: x.detach() for what, x in (seen | effects).items()}
 
 
 def _difference(what: str, expected: torch.Tensor, found: torch.Tensor) -> str:
@@ -322,9 +322,10 @@ def write_catalog(path: Path) -> None:
     found: dict[str, list[Layer]] = {}
     for name in models.list_models(module=models):
         try:
-            found[name] = build_model(name, held=[]).about()
+            found[name] = catalog_entry(build_model(name, held=[]).layers)
         except ValueError:
             continue
+    # Without their last field: none of them has tied layers.
     lines = (f"{to_json(name)}: {to_json([layer[:2] for layer in layers])}" for name, layers in found.items())
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -248,6 +248,8 @@ def build_model(
     outline = _Building(seed, frozenset())
     model = _construct(named, dropout, outline)
     layers = [model.layers[index] for span in held for index in span]
+    if not layers:
+        return model
     wanted = {id(t) for layer in layers for t in itertools.chain(layer.parameters(), layer.buffers())}
     numbers = frozenset(number for number, tensor in enumerate(outline.tensors) if id(tensor) in wanted)
     building = _Building(seed, numbers)

@@ -44,6 +44,11 @@ class StageLayers(nn.Sequential):
     def __init__(self, layers: Sequence[nn.Module], recompute: bool):
         super().__init__(*layers)
         self._recompute = recompute
+        for layer in layers:  # what entered is kept: it gets a gradient, or all is computed from it once more
+            if hasattr(layer, "inplace"):
+                layer.inplace = False  # type: ignore[assignment]
+            if any(True for _ in layer.parameters()):  # behind this one, there is other memory to work in
+                break
 
     def _contexts(self) -> tuple[Any, Any]:
         return nullcontext(), without_effect(self)  # running statistics take in a micro-batch once

@@ -213,9 +213,6 @@ class TorchPipeline:
         self._stages: dict[int, Any] = {}
         for stage, (low, high) in self._spans.items():
             layers = model.layers[low:high]
-            if stage and hasattr(layers[0], "inplace"):
-                # What was received gets a gradient, and must be kept for it.
-                layers[0].inplace = False  # type: ignore[assignment]
             module = StageLayers(layers, recompute).to(self.device)
             about = (module, stage, self._last + 1, self.device, passed[low], passed[high])
             told = (self._source, self._watch, self.batch.accumulation, model.loss_fn)
