@@ -4,7 +4,7 @@ import functools
 
 from torch import nn
 
-from pipetutor.core.layers import catalog_entry, join_layers
+from pipetutor.core.model import Model
 from pipetutor.core.partition import catalog
 
 from torchvision.models._api import register_model  # isort: skip  # behind the layers, which load torchvision lightly
@@ -35,4 +35,4 @@ def enter():
     """In this process, have torchvision and the catalog know both."""
     for name, norm in {"tiny": nn.Identity, "tiny_norm": nn.BatchNorm2d}.items():
         register_model(name)(functools.partial(Tiny, norm))
-        catalog()[name] = tuple(catalog_entry(join_layers(Tiny(norm))))
+        catalog()[name] = tuple(Model.of(Tiny(norm)).about())

@@ -67,6 +67,10 @@ class PipelineModule(deepspeed.pipe.PipelineModule):
         """Compute the stage's output."""
         return self._stage[0](forward_input)
 
+    @torch.no_grad()  # else torch warns that a broadcast is nothing to go backward through
+    def _synchronize_tied_weights(self) -> None:
+        super()._synchronize_tied_weights()
+
     def _partition_layers(self, method: str = "uniform") -> None:
         if method[0].isdigit():
             self.parts = [int(bound) for bound in method.split(",")]

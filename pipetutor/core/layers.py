@@ -7,25 +7,20 @@ block after the other, such as an auxiliary head, has no such list.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipetutor.core.partition import Layer
 from pipetutor.core.recompute import without_effect
-from pipetutor.core.records import to_json
 from pipetutor.system.uncompiled import torchvision
 
 __all__ = [
     "Flatten",
     "build",
-    "catalog_entry",
     "flatten_layers",
     "join_layers",
     "layer_names",
-    "write_catalog",
 ]
 
 models = torchvision.models
@@ -304,31 +299,3 @@ def _difference(what: str, expected: torch.Tensor, found: torch.Tensor) -> str:
         f"its {what} and that of its layers in a row differ by up to {(expected - found).abs().max().item():.3g}; "
         "its forward does more than call them in order"
     )
-
-
-def catalog_entry(layers: list[nn.Module]) -> list[Layer]:
-    """Return what the catalog says of a flat list of layers."""
-
-    def weights(layer: nn.Module) -> int:
-        return sum(p.numel() for p in layer.parameters() if p.requires_grad)
-
-    return [Layer(type(layer).__name__, weights(layer)) for layer in layers]
-
-
-def write_catalog(path: Path) -> None:
-    """Write models.json: for every torchvision model that can be flattened, its layers and their weights."""
-    from pipetutor.core.model import build_model  # which builds on this module
-
-    found: dict[str, list[Layer]] = {}
-    for name in models.list_models(module=models):
-        try:
-            found[name] = catalog_entry(build_model(name, held=[]).layers)
-        except ValueError:
-            continue
-    # Without their last field: none of them has tied layers.
-    lines = (f"{to_json(name)}: {to_json([layer[:2] for layer in layers])}" for name, layers in found.items())
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-if __name__ == "__main__":
-    write_catalog(Path(__file__).with_name("models.json"))

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipetutor.core.layers import build, flatten_layers, layer_names, set_dropout
 from pipetutor.core.loss import CrossEntropy
 from pipetutor.core.partition import Layer
+from pipetutor.core.records import to_json
 from pipetutor.system.named import Named
+from pipetutor.system.uncompiled import torchvision
 
-__all__ = ["Model", "Tied", "TiedSums", "build_model", "check_model", "crossing"]
+__all__ = ["Model", "Tied", "TiedSums", "build_model", "check_model", "crossing", "write_catalog"]
 
 
 class Tied(nn.Module):
@@ -192,6 +195,9 @@ class _Building(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             (own,) = np.random.SeedSequence((self._seed, next(self._draws))).generate_state(1, np.uint64)
             torch.manual_seed(int(own) >> 1)
+        changes = func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
+        if changes and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]  # there are no numbers to change; to find that out, torch would load its compiler
         return func(*args, **(kwargs or {}))
 
     def _register(self, _: nn.Module, __: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -401,3 +407,20 @@ def check_model(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> Non
     if not isinstance(loss, torch.Tensor) or loss.dim():
         what = _shape(loss) if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"the loss gives {what}, and must give one number, the mean over the micro-batch")
+
+
+def write_catalog(path: Path) -> None:
+    """Write models.json: for every torchvision model that can be flattened, its layers and their weights."""
+    found: dict[str, list[Layer]] = {}
+    for name in torchvision.models.list_models(module=torchvision.models):
+        try:
+            found[name] = build_model(name, held=[]).about()
+        except ValueError:
+            continue
+    # Without their last field: none of them has tied layers.
+    lines = (f"{to_json(name)}: {to_json([layer[:2] for layer in layers])}" for name, layers in found.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_catalog(Path(__file__).with_name("models.json"))

@@ -47,7 +47,7 @@ def parameters_of(layers: Iterable[Any]) -> int:
 def catalog() -> dict[str, tuple[Layer, ...]]:
     """Return the flat layer list of every torchvision model that ``join_layers`` accepts.
 
-    The file is written by ``python -m pipetutor.core.layers`` and held to torchvision by a test.
+    The file is written by ``python -m pipetutor.core.model`` and held to torchvision by a test.
     """
     text = importlib.resources.files("pipetutor.core").joinpath("models.json").read_text()
     return {name: tuple(Layer(*layer) for layer in layers) for name, layers in json.loads(text).items()}

@@ -229,7 +229,7 @@ class LayerCosts:
             content["bandwidth"] = float("inf")
         content["reduce"] = tuple(
             (ranks, latency, float("inf") if bandwidth is None else bandwidth)
-            for ranks, latency, bandwidth in content["reduce"]
+            for ranks, latency, bandwidth in content.get("reduce", ())
         )
         layers = [layer | {"kept": tuple(map(tuple, layer["kept"]))} for layer in content.pop("layers")]
         return cls(**content, layers=tuple(LayerCost(**layer) for layer in layers), directory=Path(directory))

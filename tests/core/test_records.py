@@ -93,7 +93,7 @@ def test_a_damaged_line_hides_neither_a_failure_nor_the_steps_before_it(tmp_path
 
 def test_a_difference_without_bound_is_one_in_a_certificate_that_was_read(tmp_path):
     worst = {"absolute": float("inf"), "relative": float("inf")}
-    row = {"model": "vgg", "stages": 2, "micro_batches": 4, "replicas": 1, "control": "", "equal": False}
+    row = {"model": "vgg", "stages": 2, "micro_batches": 4, "replicas": 1, "control": "", "way": "", "equal": False}
     row |= {"reason": "NaN"} | {part: worst for part in ("initial", "gradient", "final", "loss")}
     records.append(tmp_path / "rows.jsonl", row)
     assert strict(tmp_path / "rows.jsonl")

@@ -45,6 +45,7 @@ CERTIFIED = [
         "micro_batches": 4,
         "replicas": 1,
         "control": control,
+        "way": "",
         "gradient": {"relative": value},
     }
     for control, value in ((None, 2e-7), (None, 0.0), ("summed", 3.0))
