@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipetutor.core import records
+from pipetutor.core.description import known_layers
 from pipetutor.core.partition import Layer, bounds_for, fastest
 from pipetutor.core.plan import Plan
 from pipetutor.costs.measuring import measure
@@ -108,11 +109,11 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
-def _read(directory: Path) -> LayerCosts | None:
+def _read(directory: Path, model: str) -> LayerCosts | None:
     """Return the costs that a directory holds; None where it holds none, or none of use."""
     try:
         costs = LayerCosts.load(directory)
-        costs.for_bounds([0, len(costs.layers)])  # refuses what is no cost
+        costs.for_bounds([0, len(known_layers(model) or costs.layers)])  # refuses what is no cost
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return costs
@@ -148,11 +149,11 @@ def costs_of(
     """
     place = cached(model, micro_batch, ranks, dropout, dataset)
     try:
-        if found := _read(place):
+        if found := _read(place, model):
             return found
         place.mkdir(parents=True, exist_ok=True)
         with fetch.locked(place.with_name(f".{place.name}.lock")):
-            if found := _read(place):  # another process measured while this one waited
+            if found := _read(place, model):  # another process measured while this one waited
                 return found
             print(
                 f"measuring what each layer of {model} costs here, once; to measure anew, delete {place}", flush=True

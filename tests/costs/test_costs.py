@@ -174,6 +174,7 @@ def test_layers_add_up_to_stages():
         "load": [0.125, 0.0625],
         "optimizer": pytest.approx([1.0, 5.0]),
         "all_reduce": [0.0, 0.0],
+        "tied_reduce": [0.0, 0.0],
     }
     assert made().for_bounds([0, 1, 4]).activation_bytes == [1000 + 7 + 100, 100 + 150 + 10]
     assert made().for_bounds([0, 2, 4], micro_batches=4).backward_weight == [2.0 - 0.5 / 4, 13.0 - 3.0 / 4]
@@ -276,6 +277,6 @@ def test_the_kernel_loads_no_torch():
 
 
 def test_the_command_refuses_bad_input_with_status_2(tmp_path):
-    command = [sys.executable, "-m", "pipetutor.costs", "--model", "resnet18"]
+    command = [sys.executable, "-m", "pipetutor.costs", "--model", "googlenet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
-    assert done.returncode == 2 and "unknown model 'resnet18'" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "unknown model 'googlenet'" in done.stderr and not list(tmp_path.iterdir())

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from test_costs import made
 
 from pipetutor import launch, launcher
-from pipetutor.core.partition import catalog, fastest
+from pipetutor.core.description import known_layers
+from pipetutor.core.partition import fastest
 from pipetutor.costs import profile
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.schedule.timeline import CODE
@@ -38,7 +39,7 @@ def drawn(model, seed, **changed):
     chance = np.random.default_rng(seed)
     layers = [
         LayerCost(kind, *chance.exponential(1, 3), 0.3, weights, int(chance.integers(1, 1000)), ((index, 8),), False)
-        for index, (kind, weights) in enumerate(catalog()[model])
+        for index, (kind, weights, _) in enumerate(known_layers(model))
     ]
     rest = {"load_images": 1.5, "load_labels": 0.5, "copy": 1e-4, "latency": 0.1, "bandwidth": 1e3}
     whole = {"model": model, "micro_batch": 2, "ranks": 2, "threads": 1, "input_bytes": 1000, "optimizer": 0.0}
@@ -85,7 +86,7 @@ def test_no_split_is_better(chance, layers, stages, limit):
 
 
 @pytest.mark.parametrize("stages", range(1, 7))
-@pytest.mark.parametrize("model", ["alexnet", "vgg16"])
+@pytest.mark.parametrize("model", ["alexnet", "vgg16", "gpt:layers=12"])
 def test_the_slowest_stage_is_the_fastest_of_every_split(model, stages):
     costs = drawn(model, seed=stages)
     count = len(costs.layers)
@@ -176,7 +177,7 @@ def measured(cache, monkeypatch):
     """What was asked of the measurement, which takes a moment and makes numbers up."""
     asked = []
 
-    def measure(model, micro_batch, ranks, *, dropout, data_dir, runs_dir):
+    def measure(model, micro_batch, ranks, *, dataset, dropout, data_dir, runs_dir):
         asked.append((model, micro_batch, ranks, dropout))
         time.sleep(0.2)
         return dump(drawn(model, seed=7), runs_dir / f"costs-{len(asked)}")

@@ -32,7 +32,7 @@ RUN = Run(
     bounds=[0, 19, 22],
     layers=[layer.kind for layer in catalog()["alexnet"]],
     status="finished",
-    details={"model": "alexnet"},
+    details={"parameters": [layer.parameters for layer in catalog()["alexnet"]]},
 )
 LAYERS = tuple(LayerCost("Linear", 0.001 * n, 0.001 * n, 0, 0, 10, 10, (), False) for n in (1, 3, 2))
 COSTS = LayerCosts("alexnet", 8, 2, 1, LAYERS, 0, 0, 0, 0, 0, 1, 0, Path("here"))
