@@ -70,6 +70,12 @@ CORE = [
     ),
     Mutation(
         "core/recompute.py",
+        "layer.inplace = False  # type: ignore[assignment]",
+        "pass",
+        "core/test_families.py::test_an_activation_that_works_in_place_begins_a_stage",
+    ),
+    Mutation(
+        "core/recompute.py",
         "return nullcontext(), without_effect(self)",
         "return nullcontext(), nullcontext()",
         "core/test_recompute.py",

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from conftest import SMALL_SGD, equal_but_for_rounding, run
-from families import smallest
+from families import image, smallest
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
@@ -38,11 +38,6 @@ def model(name):
     if name.startswith("vit"):
         nn.init.normal_(net.heads.head.weight, std=0.02)  # zeros at first, through which no gradient comes
     return net
-
-
-def image(name):
-    """Return the size of the smallest images that every model of the family takes."""
-    return (3, 224, 224) if name.startswith(("maxvit", "vit")) else (3, 64, 64)
 
 
 def micro_batches(name):

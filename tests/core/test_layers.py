@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from families import smallest
+from families import image, smallest
 from torch import nn
 from torch.nn import functional
 
@@ -46,7 +46,10 @@ def test_every_model_is_in_the_catalog_or_refused(name):
     check_names(model.whole, model.layers)
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (image(name)[1] > 64)) for name in SMALLEST]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_the_list_is_the_model(name):
     net = build(name)
     layers = join_layers(net)
