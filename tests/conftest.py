@@ -70,11 +70,12 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if str(directory) in " ".join(process.cmdline()) or process.cwd().startswith(str(directory)):
+            named = str(directory) in " ".join(process.cmdline()) or process.cwd().startswith(str(directory))
+            if named and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue
-    return [p for p in found if p.pid != os.getpid() and p.status() != psutil.STATUS_ZOMBIE]
+    return found
 
 
 @pytest.fixture

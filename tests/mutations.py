@@ -63,6 +63,48 @@ CORE = [
         "core/test_layers.py::test_a_model_that_only_looks_like_a_list_is_refused",
     ),
     Mutation(
+        "core/model.py",
+        "torch.manual_seed(int(own) >> 1)",
+        "pass",
+        "core/test_model.py::test_a_part_has_the_weights_of_the_whole_and_nothing_else",
+    ),
+    Mutation(
+        "core/model.py",
+        "parameter.grad.add_(twin.grad)",
+        "pass",
+        "core/test_model.py::test_gradients_of_tied_places_are_added_up_apart_and_come_to_the_same",
+    ),
+    Mutation(
+        "core/torch_engine.py",
+        "dist.all_reduce(parameter.grad, group=group)",
+        "pass",
+        "core/test_model.py::test_tied_weights_stay_equal_and_losses_do_not_depend_on_the_stages",
+    ),
+    Mutation(
+        "core/evaluate.py",
+        "| (wanted == IGNORED)",
+        "",
+        "core/test_evaluate.py::test_a_sum_is_right_when_all_of_its_answer_is",
+    ),
+    Mutation(
+        "core/limit.py",
+        "_limit(self._bytes",
+        "_limit(1e3 * self._bytes",
+        "core/test_limit.py::test_a_model_that_one_process_has_no_memory_for_trains_in_two",
+    ),
+    Mutation(
+        "core/gpt.py",
+        "std = STD / (2 * layers) ** 0.5",
+        "std = STD",
+        "core/test_gpt.py",
+    ),
+    Mutation(
+        "data/sums.py",
+        "return train, [(a, b) for a, b in every if (min(a, b), max(a, b)) in held]",
+        "return train, [(a, b) for a, b in every if (a, b) in held]",
+        "data/test_sums.py",
+    ),
+    Mutation(
         "core/accumulate.py",
         "weight.grad.addmm_(rows.t(), inputs)",
         "weight.grad.copy_(rows.t() @ inputs)",

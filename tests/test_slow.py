@@ -22,9 +22,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(600)
-def test_the_readmes_command_reaches_90_percent_in_5_minutes(runs):
+@pytest.mark.parametrize("config, size", [("synthetic_90", 500), ("sums_90", 5_000)])
+def test_the_readmes_commands_reach_90_percent_in_5_minutes(runs, config, size):
     """Two stages on two cores, from the start of the command to its end."""
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "configs/synthetic_90.json" in line]
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if f"configs/{config}.json" in line]
     words = line.split()[3:]
     assert line.split()[:3] == ["deepspeed", "--num_gpus", "2"]
     begin = time.monotonic()
@@ -32,20 +33,24 @@ def test_the_readmes_command_reaches_90_percent_in_5_minutes(runs):
     seconds = time.monotonic() - begin
     assert done.returncode == 0, done.stderr[-2000:]
     run = Run.load(runs)
-    print(f"\n{run.accuracy:.1%} in {seconds:.0f} s, {run.samples_per_second:.1f} images/s")
-    assert re.search(r"step \d+: \d+ of 500 test examples are right \(\d+\.\d%\)", done.stdout)
+    print(f"\n{run.accuracy:.1%} in {seconds:.0f} s, {run.samples_per_second:.1f} examples/s")
+    assert re.search(rf"step \d+: \d+ of {size} test examples are right \(\d+\.\d%\)", done.stdout)
     assert run.accuracy >= 0.9 and seconds <= 300
 
 
 @pytest.mark.timeout(600)
-def test_the_whole_certificate_passes_in_4_minutes(tmp_path):
+def test_the_whole_certificate_passes_in_5_minutes(tmp_path):
     begin = time.monotonic()
     command = [sys.executable, "-m", "pipetutor.certify", "--runs-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=560)
     seconds = time.monotonic() - begin
     print(f"\n{done.stdout}\n{seconds:.0f} s")
-    assert done.returncode == 0 and "PASSED: 32 of 32" in done.stdout and not processes_of(tmp_path)
-    assert seconds <= 240
+    assert (
+        done.returncode == 0
+        and "PASSED: 53 of 53 pipelines equal one process, 6 of 6" in done.stdout
+        and not processes_of(tmp_path)
+    )
+    assert seconds <= 300
 
 
 @pytest.mark.timeout(900)

@@ -7,7 +7,7 @@ from tiny import Tiny
 
 from pipetutor import weights
 from pipetutor.core.evaluate import share
-from pipetutor.core.model import Model
+from pipetutor.core.model import Model, build_model
 from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
 
@@ -24,6 +24,27 @@ def test_every_image_is_in_one_share(size, micro_batch, replicas):
     together = torch.cat([indices.flatten() for indices in shares])
     assert sorted(i for i in together.tolist() if i < size) == list(range(size))
     assert len(together) < size + micro_batch * replicas
+
+
+def test_a_sum_is_right_when_all_of_its_answer_is(runs):
+    """Each sum counts once, by its three digits together; the question is not asked for."""
+    config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 32}
+    asked = ["--model", "gpt:layers=1,width=32", "--dataset", "sums", "-s", "20", "--save-every", "20"]
+    run = train(runs / "a", *asked, "--eval-every", "20", stages=2, config=config)
+    weights.export(run.directory, runs / "weights.pt")
+    model = build_model("gpt:layers=1,width=32")
+    weights.load_weights(model, runs / "weights.pt")
+    testset = loader.load("sums", False, -1, DATA_DIR)
+    with torch.no_grad():
+        logits = model.whole.eval()(testset.inputs)
+    asked_for = testset.targets[:, -3:]
+    digits = logits.argmax(-1)[:, -3:] == asked_for
+    found = run.evaluations[-1]
+    assert found["images"] == len(testset) == 5000
+    assert abs(found["correct"] - digits.all(1).sum().item()) <= 2, "rounding may decide one"
+    assert digits.any(1).sum() > 100 + found["correct"], "many answers are right in part"
+    loss = torch.nn.functional.cross_entropy(logits[:, -3:].flatten(0, 1), asked_for.flatten()).item()
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def few_test_images():
