@@ -33,11 +33,13 @@ class Recorder(Observer):
         self._directory = directory
         self._path = directory / f"trace_rank{rank}.jsonl"
         self._clock: Any = CudaClock() if device.type == "cuda" else HostClock()
+        self._rank = rank
         self._head = {"rank": rank, "device": str(device), "without_model": self._clock.tensors()}
         self._head["returns_blocks"] = device.type == "cuda" or "MALLOC_MMAP_THRESHOLD_" in os.environ
         self._offset = clock_offset(device)
         self._spans: list[tuple[Any, ...]] | None = None
         self._open: tuple[str, int, int, Any] | None = None
+        self._groups: dict[str, list[int]] = {}
 
     def built(self, engine: Any) -> None:
         """Begin the file."""
@@ -55,6 +57,8 @@ class Recorder(Observer):
         if self._spans is None:
             return
         name, stage, micro_batch = instruction
+        if name in ("ReduceTiedGrads", "OptimizerStep") and peers:
+            self._groups[name] = sorted({self._rank, *peers})
         now = self._clock.now()
         if self._open:
             self._close(now)
@@ -78,7 +82,7 @@ class Recorder(Observer):
         begin, end = self._seconds(self._begin), self._seconds(self._clock.now())
         times = [(*span[:3], self._seconds(span[3]), self._seconds(span[4]), span[5]) for span in spans]
         memory = {"memory": self._memory, "peak": self._clock.peak()}
-        line = {"step": step, "begin": begin, "end": end, **memory, "spans": times}
+        line = {"step": step, "begin": begin, "end": end, **memory, "groups": self._groups, "spans": times}
         append(self._path, line)
 
     def trained(self) -> None:

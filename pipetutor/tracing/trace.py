@@ -7,7 +7,7 @@ pipelines send in the background). What comes after is called transfer. It is as
 both ends, and what the operating system does in between.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,12 @@ def load(run: Run | str | Path) -> Trace:
     steps = []
     for of_ranks in zip(*(lines[1:] for lines in files), strict=False):
         spans = np.array(list(_rows(heads, of_ranks)), dtype=SPAN)
-        spans["waiting"] = _waiting(spans, heads[0]["blocking"])
+        groups = {
+            (head["rank"], CODE[name]): tuple(members)
+            for head, step in zip(heads, of_ranks, strict=True)
+            for name, members in step.get("groups", {}).items()
+        }
+        spans["waiting"] = _waiting(spans, heads[0]["blocking"], groups)
         begin, end = min(step["begin"] for step in of_ranks), max(step["end"] for step in of_ranks)
         timeline = Timeline(spans, begin, end)
         memory, peaks = ([step[which] for step in of_ranks] for which in ("memory", "peak"))
@@ -112,17 +117,21 @@ def waits_for(span: np.ndarray, place: dict[Any, np.ndarray], blocking: bool) ->
     return None if made is None else (made, float(made["end"]))
 
 
-def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
+def _waiting(spans: np.ndarray, blocking: bool, groups: Mapping[tuple[int, int], tuple[int, ...]]) -> np.ndarray:
     """Return the seconds that each span spent waiting for another rank.
+
+    Args:
+        spans: of a step.
+        blocking: whether sends and receives are calls that return once the message is there.
+        groups: the ranks that (rank, kind) takes part with, where they follow from neither stage nor replica.
 
     stage 0:  SendActivation |--- waiting ---|-- transfer --|
     stage 1:    ForwardPass ...............| RecvActivation |
     """
     place = by_place(spans)
-    together: dict[tuple[int, int], float] = {}  # when the last rank came to a collective
+    together: dict[tuple[Any, ...], float] = {}  # when the last rank came to a collective
     for span in spans:
-        if KINDS[span["kind"]] in ("ReduceGrads", "AggregateLoss"):
-            key = _group(span)
+        if key := _group(span, groups):
             together[key] = max(together.get(key, span["begin"]), span["begin"])
     waiting = np.zeros(len(spans))
     for index, span in enumerate(spans):
@@ -132,13 +141,21 @@ def _waiting(spans: np.ndarray, blocking: bool) -> np.ndarray:
             buffered = blocking and awaited is not None and awaited[1] > span["end"]
             if awaited is not None and not buffered:
                 ready = awaited[1]
-        elif _group(span) in together:
-            ready = together[_group(span)]
+        elif key := _group(span, groups):
+            ready = together[key]
         waiting[index] = min(max(ready - span["begin"], 0.0), span["end"] - span["begin"])
     return waiting
 
 
-def _group(span: np.ndarray) -> tuple[int, int]:
-    """Return what the ranks of one collective have in common: replicas of a stage reduce, stages share a loss."""
-    reduces = KINDS[span["kind"]] == "ReduceGrads"
-    return int(span["kind"]), int(span["stage"]) if reduces else -1
+def _group(span: np.ndarray, groups: Mapping[tuple[int, int], tuple[int, ...]]) -> tuple[Any, ...]:
+    """Return what the ranks of one collective have in common; nothing where a span is none.
+
+    Replicas of a stage reduce gradients, stages share a loss; who has a copy of tied weights, or takes the norm of
+    gradients with others, has been noted.
+    """
+    kind, rank = int(span["kind"]), int(span["rank"])
+    if KINDS[kind] == "ReduceGrads":
+        return kind, int(span["stage"])
+    if KINDS[kind] == "AggregateLoss":
+        return (kind,)
+    return (kind, *groups[rank, kind]) if (rank, kind) in groups else ()

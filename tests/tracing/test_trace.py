@@ -96,6 +96,20 @@ def test_who_waits_for_whom(runs):
         assert account["other"] < run.seconds[1] / 4
 
 
+def test_copies_of_tied_weights_wait_for_each_other(runs):
+    """The last stage, which has gone backward first, waits for the first one; the middle one has no copy."""
+    config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.1}
+    asked = ["--model", "gpt:layers=2,width=16", "--dataset", "sums", "--partition", "0,2,3,6", "--trace", "-s", "3"]
+    for step in trace.load(train(runs, *asked, stages=3, config=config)).steps:
+        spans = step.timeline.spans
+        first, middle, last = spans[spans["kind"] == CODE["ReduceTiedGrads"]]
+        early, late = sorted((first, last), key=lambda span: span["begin"])
+        assert middle["waiting"] == late["waiting"] == 0 < early["waiting"]
+        assert early["begin"] + early["waiting"] == pytest.approx(min(late["begin"], early["end"]), abs=1e-6)
+        norms = spans[spans["kind"] == CODE["OptimizerStep"]]
+        assert min(norms["waiting"]) == 0 < max(norms["waiting"]), "the norm of all gradients needs all stages"
+
+
 @pytest.mark.slow
 def test_the_account_is_the_step_that_the_run_timed(runs):
     """Within 2 %, and hardly any of it is left unexplained."""
@@ -204,7 +218,7 @@ def test_waiting_by_hand(blocking):
     spans = np.array(
         [(r, r, 0, CODE[name], number, begin, end, 0, 0) for r, name, number, begin, end, *_ in SENT], dtype=SPAN
     )
-    assert trace._waiting(spans, blocking).tolist() == [row[5 if blocking else 6] for row in SENT]
+    assert trace._waiting(spans, blocking, {}).tolist() == [row[5 if blocking else 6] for row in SENT]
 
 
 def test_no_trace(runs):
