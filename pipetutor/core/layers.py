@@ -15,13 +15,7 @@ from torch import nn
 from pipetutor.core.recompute import without_effect
 from pipetutor.system.uncompiled import torchvision
 
-__all__ = [
-    "Flatten",
-    "build",
-    "flatten_layers",
-    "join_layers",
-    "layer_names",
-]
+__all__ = ["Flatten", "build", "flatten_layers", "join_layers", "layer_names"]
 
 models = torchvision.models
 
@@ -49,14 +43,14 @@ class Tokens(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.class_token = model.get_parameter("class_token")
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()
         self.encoder.pos_embedding = model.get_parameter("encoder.pos_embedding")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Put the class token first, and add the positions."""
         patches = x.flatten(2).permute(0, 2, 1)
         tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
-        return tokens + self.encoder.get_parameter("pos_embedding")
+        return tokens + self.encoder.pos_embedding
 
 
 class ClassToken(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipetutor.core.layers import build, flatten_layers, join_layers, layer_names
-from pipetutor.core.model import build_model
+from pipetutor.core.model import build_model, crossing
 from pipetutor.core.partition import catalog
 
 MODELS = torchvision.models.list_models(module=torchvision.models)
@@ -44,6 +44,8 @@ def test_every_model_is_in_the_catalog_or_refused(name):
     assert model.about() == list(catalog()[name])
     assert all(tensor.is_meta for tensor in model.whole.state_dict().values())
     check_names(model.whole, model.layers)
+    images = torch.empty(2, *image(name), device="meta")
+    assert crossing(model, images)[-1].shape == (2, 10)
 
 
 QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (image(name)[1] > 64)) for name in SMALLEST]
