@@ -2,8 +2,8 @@
 
                  predicted                       measured, in a run's trace
     parameters   4 bytes each                    the tensors that building the stage added
-    gradients    4 bytes each, at each place     what a step gives back behind its last backward pass
-    optimizer    Adam: 8 bytes each              what the first OptimizerStep adds beside what later ones do
+    gradients    4 bytes each, at each place     what the end of a step gives back
+    optimizer    Adam: 8 bytes each              what the end of the first step adds beside that
     activations  of all live micro-batches       the rest, at its highest between two instructions
     peak         the most that a step adds       the same, within instructions too
 
@@ -37,7 +37,7 @@ __all__ = ["PARTS", "measure", "predict"]
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "peak")
 FP32 = 4
-END = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")  # what comes behind the last backward pass of a step
+END = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")  # of a step, behind its last backward pass
 Memory = dict[str, float]  # bytes, for each of PARTS
 
 
@@ -139,23 +139,31 @@ def measure(trace: Trace) -> list[Memory]:
     for rank, head in enumerate(trace.heads):
         spans = step.timeline.of(rank)
         there, _ = _gradients(spans)
-        (exchange, *_) = np.flatnonzero(np.isin(spans["kind"], [CODE[name] for name in END]))
-        gradients = spans["memory"][exchange - 1] - spans["memory"][spans["kind"] == CODE["OptimizerStep"]][0]
+        end = _end_of_passes(spans)
+        gradients = -_added_at_end(spans)
         values = (
             head["with_model"] - head["without_model"],
             gradients,
-            _optimizer_step(first.timeline.of(rank)) - _optimizer_step(spans),
-            (spans["memory"] - step.memory[rank] - gradients * there)[:exchange].max(),
+            _added_at_end(first.timeline.of(rank)) + gradients,
+            (spans["memory"] - step.memory[rank] - gradients * there)[:end].max(),
             step.peaks[rank] - step.memory[rank],
         )
         rows.append(dict(zip(PARTS, map(float, values), strict=True)))
     return rows
 
 
-def _optimizer_step(spans: np.ndarray) -> float:
-    """Return what an OptimizerStep adds to memory: its state in the first step, less the gradients in all."""
+def _end_of_passes(spans: np.ndarray) -> int:
+    """Return the place of the first span behind the last backward pass: of an exchange, or of the optimizer."""
+    return int(np.flatnonzero(np.isin(spans["kind"], [CODE[name] for name in END]))[0])
+
+
+def _added_at_end(spans: np.ndarray) -> float:
+    """Return what the end of a step adds to memory: the optimizer's state in the first, less the gradients in all.
+
+    It is taken as a whole: ZeRO gives gradients back within ReduceGrads, and gloo's copy of them may outlive that.
+    """
     (place,) = np.flatnonzero(spans["kind"] == CODE["OptimizerStep"])
-    return float(spans["memory"][place] - spans["memory"][place - 1])
+    return float(spans["memory"][place] - spans["memory"][_end_of_passes(spans) - 1])
 
 
 def _gradients(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
