@@ -322,6 +322,12 @@ AROUND = [
         "costs/test_memory.py::test_gpipe_keeps_all_micro_batches_and_1f1b_as_many_as_stages",
     ),
     Mutation(
+        "costs/memory.py",
+        "parameters * (1 + share * zero_stage)",
+        "parameters",
+        "costs/test_memory.py::test_zero_shares_out_the_optimizer_and_adds_a_copy_of_the_share",
+    ),
+    Mutation(
         "certify/proof.py",
         'difference if difference == difference else float("inf")',
         "difference",

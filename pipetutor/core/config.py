@@ -12,7 +12,7 @@ from typing import Any
 from pipetutor.options import DTYPES
 from pipetutor.system.kinds import check, check_keys, closest, shown
 
-__all__ = ["OBJECTS", "dtype_of", "half_precision", "read_config"]
+__all__ = ["OBJECTS", "REDUCE_BUCKET", "dtype_of", "half_precision", "read_config"]
 
 OBJECTS = {
     "optimizer": '{"type": "Adam", "params": {"lr": 0.001}}',
@@ -22,6 +22,7 @@ OBJECTS = {
     "bfloat16": '{"enabled": true}',
     "fp16": '{"enabled": true}',
 }
+REDUCE_BUCKET = 5_000_000  # gradients that ZeRO reduces at a time, unless a config says otherwise
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # that a section needs
 
 

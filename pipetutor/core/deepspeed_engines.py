@@ -23,7 +23,7 @@ from torch import nn
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.clipping import clip_gradients
-from pipetutor.core.config import dtype_of
+from pipetutor.core.config import REDUCE_BUCKET, dtype_of
 from pipetutor.core.engine import After, Batches, Before, Kept, others, say
 from pipetutor.core.model import Model, Tied, TiedSums
 from pipetutor.core.pieces import NUMBERS, piece_of
@@ -113,7 +113,7 @@ def engine_config(config: dict[str, Any], stages: int) -> dict[str, Any]:
     if (dtype := dtype_of(config)) != "fp32":
         config["data_types"] = {"buffer_dtype": dtype} | config.get("data_types", {})
     if "zero_optimization" in config:
-        config["zero_optimization"] = {"reduce_bucket_size": 5_000_000} | config["zero_optimization"]
+        config["zero_optimization"] = {"reduce_bucket_size": REDUCE_BUCKET} | config["zero_optimization"]
     if stages and config.pop("wall_clock_breakdown", False):
         say("wall_clock_breakdown is left out: DeepSpeed's pipeline engine does not support it")
     return config

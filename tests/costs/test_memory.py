@@ -7,6 +7,7 @@ import torch
 from conftest import train
 
 from pipetutor import launch
+from pipetutor.core.gpt_sizes import gpt_sizes
 from pipetutor.core.layers import build, join_layers
 from pipetutor.core.partition import catalog
 from pipetutor.costs import memory
@@ -92,6 +93,67 @@ def test_a_real_run_keeps_that_within_15_percent(alexnet, runs, monkeypatch, eng
     expected, found = kept_by_a_run(alexnet, runs, monkeypatch, engine, schedule, recompute)
     for wanted, measured in zip(expected, found, strict=True):
         assert measured == {part: pytest.approx(wanted[part], rel=0.15, abs=3 * MB) for part in memory.PARTS}
+
+
+def decoder(blocks, width, vocabulary):
+    """A gpt's weights; what else its layers cost does not matter here."""
+    sizes = gpt_sizes(layers=blocks, width=width, vocabulary=vocabulary)
+    layers = [LayerCost(kind, *[0.0] * 4, count, 8, (), False, tied) for kind, count, tied in sizes]
+    rest = dict.fromkeys(("load_images", "load_labels", "copy", "latency", "optimizer"), 0.0)
+    reduce = tuple((replicas, 0.0, 1e9) for replicas in (2, 4))
+    return LayerCosts("gpt", 8, 4, 1, tuple(layers), 8, bandwidth=1e9, directory=".", reduce=reduce, **rest)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_zero_shares_out_the_optimizer_and_adds_a_copy_of_the_share(replicas):
+    """The paper says 4 + 4 + 8/R bytes; DeepSpeed adds 4/R. Tied gradients are added up apart without it alone."""
+    costs = decoder(2, 16, 100)
+    tied, count = 1600, sum(layer.parameters for layer in costs.layers) - 1600
+    plain, shared = (
+        memory.predict(costs, [0, 6], streams("1f1b", 1, 4), replicas=replicas, zero_stage=stage)[0]
+        for stage in (0, 1)
+    )
+    assert (plain["parameters"], plain["gradients"], plain["optimizer"]) == (4 * count, 4 * (count + tied), 8 * count)
+    assert shared["parameters"] == 4 * count + 4 * count / replicas
+    assert (shared["gradients"], shared["optimizer"]) == (4 * count, 8 * count / replicas)
+    first, _ = memory.predict(costs, [0, 3, 6], streams("1f1b", 2, 4), replicas=replicas)
+    assert first["gradients"] == first["parameters"], "on ranks of their own, the two places have one gradient each"
+
+
+def test_a_mean_is_taken_of_a_copy():
+    """Of all gradients; with ZeRO of 20 MB at a time."""
+    costs = decoder(1, 64, 200_000)
+    peaks = {
+        stage: memory.predict(costs, [0, 5], streams("1f1b", 1, 1), replicas=2, zero_stage=stage)[0]["peak"]
+        for stage in (0, 1)
+    }
+    count = sum(layer.parameters for layer in costs.layers[:-1])
+    assert peaks[0] >= 8 * count
+    assert peaks[1] == pytest.approx(4 * count + 20 * MB, abs=0.1 * MB)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_two_replicas_keep_what_was_predicted(runs, monkeypatch, zero_stage):
+    """Tensors to the byte; the rest is nearer to the prediction than to that of the other way, or twice as much."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    costs = decoder(1, 256, 8192)
+    config = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": zero_stage}}
+    model = "gpt:layers=1,width=256,vocabulary=8192"
+    run = launch(
+        stages=1, replicas=2, steps=2, model=model, dataset="sums", config=config, backend="gloo", trace=True,
+        runs_dir=runs,
+    )  # fmt: skip
+    found = memory.measure(trace.load(run))
+    wanted, other = (
+        memory.predict(costs, [0, 5], streams("1f1b", 1, 2), replicas=2, zero_stage=stage)[0]
+        for stage in (zero_stage, 1 - zero_stage)
+    )
+    for row in found:
+        assert 0 <= row["parameters"] - wanted["parameters"] < 1000
+        assert abs(row["optimizer"] - wanted["optimizer"]) < abs(row["optimizer"] - other["optimizer"])
+        assert all(abs(row["gradients"] - wanted["gradients"]) < abs(row["gradients"] - wrong) for wrong in (
+            0, 2 * wanted["gradients"], other["gradients"]
+        ))  # fmt: skip
 
 
 def test_a_rank_holds_the_weights_of_its_own_stage_alone(runs):
