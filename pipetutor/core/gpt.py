@@ -14,7 +14,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from pipetutor.core.gpt_sizes import gpt_sizes
 from pipetutor.data.sums import ALPHABET, LENGTH
 
-__all__ = ["gpt"]
+__all__ = ["Attention", "Block", "gpt", "head"]
 
 STD = 0.02  # of initial weights, as in GPT-2
 
