@@ -62,6 +62,30 @@ def test_torchs_pipeline_computes_the_same(stages, schedule, runs):
     equal_but_for_rounding(ours.losses, stock.losses, mistaken.losses)
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_tied_weights_and_clipping_compute_what_the_cpu_computes(stages, engine, runs):
+    """Both places of a tied weight on one device, and one on each of two."""
+    need(stages)
+    clipped = FAST_SGD | {"gradient_clipping": 0.1}
+    common = dict(model="gpt:layers=2", dataset="sums", stages=stages, engine=engine, steps=3, runs_dir=runs)
+    on_gpus = launch(config=clipped, **common)
+    on_cpu = launch(config=clipped, backend="gloo", **common)
+    mistaken = launch(config=FAST_SGD, backend="gloo", **common)
+    equal_but_for_rounding(on_gpus.losses, on_cpu.losses, mistaken.losses)
+
+
+def test_a_checkpoint_of_zero_goes_on_without_it(runs):
+    need(2)
+    zero = SMALL_SGD | {"optimizer": {"type": "Adam", "params": {"lr": 1e-4}}}
+    shared = zero | {"zero_optimization": {"stage": 1}}
+    common = dict(stages=1, dropout=0.0, runs_dir=runs)
+    saved = launch(replicas=2, steps=2, save_every=2, config=shared, **common)
+    went_on = launch(replicas=1, steps=4, resume=saved.directory, config=zero, **common)
+    whole = launch(replicas=2, steps=4, config=shared, **common)
+    assert went_on.losses == pytest.approx(whole.losses[2:], rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_numbers_of_16_bits_train(kind, runs):
     """The first loss is that of fp32 within torch's bound for bf16, which is wider than that for fp16."""
