@@ -86,7 +86,7 @@ def load(run: Run | str | Path) -> Trace:
             for head, step in zip(heads, of_ranks, strict=True)
             for name, members in step.get("groups", {}).items()
         }
-        spans["waiting"] = _waiting(spans, heads[0]["blocking"], groups)
+        spans["waiting"] = _waiting(spans, heads[0]["blocking"], _joined(groups))
         begin, end = min(step["begin"] for step in of_ranks), max(step["end"] for step in of_ranks)
         timeline = Timeline(spans, begin, end)
         memory, peaks = ([step[which] for step in of_ranks] for which in ("memory", "peak"))
@@ -145,6 +145,22 @@ def _waiting(spans: np.ndarray, blocking: bool, groups: Mapping[tuple[int, int],
             ready = together[key]
         waiting[index] = min(max(ready - span["begin"], 0.0), span["end"] - span["begin"])
     return waiting
+
+
+def _joined(groups: Mapping[tuple[int, int], tuple[int, ...]]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Join what overlaps: with ZeRO a rank asks its replicas and its stages, which ask theirs, so it waits for all.
+
+    >>> _joined({(0, 9): (0, 1), (1, 9): (0, 1, 2), (2, 9): (1, 2), (3, 9): (3, 4), (4, 9): (3, 4)})[0, 9]
+    (0, 1, 2)
+    """
+    found = {}
+    for rank, kind in groups:
+        members, size = {rank}, 0
+        while size < len(members):
+            size = len(members)
+            members |= {other for one in members for other in groups.get((one, kind), ())}
+        found[rank, kind] = tuple(sorted(members))
+    return found
 
 
 def _group(span: np.ndarray, groups: Mapping[tuple[int, int], tuple[int, ...]]) -> tuple[Any, ...]:

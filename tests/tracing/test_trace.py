@@ -96,6 +96,14 @@ def test_who_waits_for_whom(runs):
         assert account["other"] < run.seconds[1] / 4
 
 
+def test_with_zero_a_rank_waits_for_all_others():
+    """In 2 x 2: its replica, its other stage, and through them the fourth. Copies of tied weights stay two pairs."""
+    step, tied = CODE["OptimizerStep"], CODE["ReduceTiedGrads"]
+    norms = {(0, step): (0, 1, 2), (1, step): (0, 1, 3), (2, step): (0, 2, 3), (3, step): (1, 2, 3)}
+    copies = {(rank, tied): (rank % 2, rank % 2 + 2) for rank in range(4)}
+    assert trace._joined(norms | copies) == {key: (0, 1, 2, 3) for key in norms} | copies
+
+
 def test_copies_of_tied_weights_wait_for_each_other(runs):
     """The last stage, which has gone backward first, waits for the first one; the middle one has no copy."""
     config = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.1}
