@@ -168,7 +168,7 @@ CORE = [
         "core/pieces.py",
         "self._of_trained(self.trained.detach()).copy_(self._of_parameter(value))",
         "pass",
-        "core/test_checkpoint.py::test_what_replicas_share_out_goes_on_bit_for_bit",
+        "core/test_checkpoint.py::test_zero_goes_on_from_any_stages_and_replicas",
     ),
     Mutation(
         "core/pieces.py",
