@@ -93,7 +93,8 @@ def check(results, name):
     wanted, untrained, gradient = one_process(name)
     for losses, _ in results:
         equal_but_for_rounding(losses, wanted, untrained)
-    assert (results[0][1] - gradient).norm() < gradient.norm() / 1000
+    (found,) = [found for _, found in results if found is not None]
+    assert (found - gradient).norm() < gradient.norm() / 1000
 
 
 SLOW = {name for name in SMALLEST if image(name)[1] > 64 or parameters_of(catalog()[name]) > 20e6}
