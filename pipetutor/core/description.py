@@ -42,6 +42,7 @@ class Description:
 
 
 IMAGE = (3, 224, 224)
+WITH_HEADS = ("googlenet", "inception_v3")
 DATASETS = {
     "synthetic": Data(2_000, 500, IMAGE, "float32"),
     "cifar10": Data(50_000, 10_000, IMAGE, "float32"),
@@ -58,6 +59,11 @@ def known_layers(model: str) -> Sequence[Layer] | None:
     >>> len(known_layers("gpt:layers=2"))
     6
     """
+    if model in WITH_HEADS:
+        raise ValueError(
+            f"model {model!r} has auxiliary heads, whose outputs leave it in the middle, and a pipeline has that of its "
+            "last layer alone: try 'resnet18'"
+        )
     named = _named("model", model, [*sorted(catalog()), "gpt"])
     if named.is_own:
         return None

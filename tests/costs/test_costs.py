@@ -277,6 +277,6 @@ def test_the_kernel_loads_no_torch():
 
 
 def test_the_command_refuses_bad_input_with_status_2(tmp_path):
-    command = [sys.executable, "-m", "pipetutor.costs", "--model", "googlenet"]
+    command = [sys.executable, "-m", "pipetutor.costs", "--model", "resnet19"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
-    assert done.returncode == 2 and "unknown model 'googlenet'" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "unknown model 'resnet19'" in done.stderr and not list(tmp_path.iterdir())
