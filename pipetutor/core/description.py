@@ -61,8 +61,8 @@ def known_layers(model: str) -> Sequence[Layer] | None:
     """
     if model in WITH_HEADS:
         raise ValueError(
-            f"model {model!r} has auxiliary heads, whose outputs leave it in the middle, and a pipeline has that of its "
-            "last layer alone: try 'resnet18'"
+            f"model {model!r} has auxiliary heads, whose outputs leave it in the middle, and a pipeline has that of "
+            "its last layer alone: try 'resnet18'"
         )
     named = _named("model", model, [*sorted(catalog()), "gpt"])
     if named.is_own:
