@@ -79,6 +79,7 @@ class _Function(nn.Module):
     def __init__(self, function: Callable[[Any], Any]):
         super().__init__()
         self._function = function
+        self.name = getattr(function, "__name__", type(function).__name__)  # a partial one has no name
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._function(input)
@@ -163,7 +164,7 @@ class Model:
         """Return what the partition needs to know of each layer."""
         found = []
         for layer in self.layers:
-            kind = layer._function.__name__ if isinstance(layer, _Function) else type(owner(layer)).__name__
+            kind = layer.name if isinstance(layer, _Function) else type(owner(layer)).__name__
             weights = sum(p.numel() for p in layer.parameters() if p.requires_grad)
             found.append(Layer(kind, weights, layer.key if isinstance(layer, Tied) else ""))
         return found
@@ -310,7 +311,7 @@ def _layer(where: str, layer: Any, shared: dict[str, nn.Module]) -> nn.Module:
         if not layer.key.isidentifier():
             raise ValueError(f"{where}: the key {layer.key!r} of a tied layer must be a name, such as 'embedding'")
         if layer.key not in shared:
-            shared[layer.key] = layer.build()
+            shared[layer.key] = _built(where, layer)
         module = shared[layer.key]
         there, tied = dict(module.named_parameters()).keys(), set(layer.tied_weight_attr)
         if there != tied:
@@ -320,7 +321,7 @@ def _layer(where: str, layer: Any, shared: dict[str, nn.Module]) -> nn.Module:
             )
         return Tied(layer.key, module, layer.forward_fn)
     if isinstance(layer, LayerSpec):
-        return layer.build()
+        return _built(where, layer)
     if isinstance(layer, nn.Module):
         return layer
     if callable(layer) and not isinstance(layer, type):
@@ -329,6 +330,14 @@ def _layer(where: str, layer: Any, shared: dict[str, nn.Module]) -> nn.Module:
     raise ValueError(
         f"{where} is {_a(layer)}, and must be a module, a function, a LayerSpec or a TiedLayerSpec{hint}"
     )
+
+
+def _built(where: str, spec: Any) -> nn.Module:
+    try:
+        return spec.build()
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{where}: {spec} cannot be built: {type(error).__name__}: {words}") from None
 
 
 def _a(thing: Any) -> str:

@@ -130,6 +130,7 @@ def test_tied_weights_stay_equal_and_losses_do_not_depend_on_the_stages(engine, 
 OWN = """
     import itertools
     import torch
+    from functools import partial
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
     from torch import nn
     calls = itertools.count()
@@ -138,6 +139,8 @@ OWN = """
         pass
 
     def good(): return [nn.Linear(4, 4), torch.tanh, LayerSpec(nn.Linear, 4, 2)]
+    def partly(): return [nn.Linear(4, 2), partial(torch.flatten, start_dim=1)]
+    def unbuilt(): return [nn.Linear(4, 4), LayerSpec(nn.Linear, 4)]
     def with_loss(): return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), nn.MSELoss()
     def number(): return 3
     def empty(): return []
@@ -178,6 +181,7 @@ def test_a_list_of_ones_own_is_a_model(own):
     assert [tuple(layer) for layer in model.about()] == [("Linear", 20, ""), ("tanh", 0, ""), ("Linear", 10, "")]
     assert list(model.state()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     check_model(model, torch.empty(2, 4), torch.empty(2, dtype=torch.int64))
+    assert build_model(f"{own}:partly").about()[1].kind == "partial"
     model = build_model(f"{own}:with_loss")
     assert isinstance(model.loss_fn, nn.MSELoss) and len(model.layers) == 2
 
@@ -185,6 +189,7 @@ def test_a_list_of_ones_own_is_a_model(own):
 @pytest.mark.parametrize(
     "name, words",
     [
+        ("unbuilt", r"layer 1: Linear\(4\) cannot be built: TypeError: .*out_features"),
         ("number", r"returns a int, and a pipeline cuts a list of layers"),
         ("empty", r"returns an empty list"),
         ("classes", r"layer 1 is the class ReLU, and must be .*; write ReLU\(\.\.\.\)"),
