@@ -337,7 +337,8 @@ def _built(where: str, spec: Any) -> nn.Module:
         return spec.build()
     except Exception as error:
         words = " ".join(str(error).split())
-        raise ValueError(f"{where}: {spec} cannot be built: {type(error).__name__}: {words}") from None
+        kind = spec.typename.__name__
+        raise ValueError(f"{where}: {kind} cannot be built: {type(error).__name__}: {words}") from None
 
 
 def _a(thing: Any) -> str:
