@@ -27,8 +27,10 @@ class _StandIn(ModuleType):
         # Who looks at all modules asks for names with underscores; who imports a part of the package, for its path.
         if name.startswith("__") and (self.__name__, name) != ("torch._dynamo", "__path__"):
             raise AttributeError(name)
+        package = self.__name__.split(".")[:2]  # a checkpoint wants symbolic shapes, and nothing of torch._dynamo
         for other in [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]:
-            del sys.modules[other]
+            if other.split(".")[:2] == package:
+                del sys.modules[other]
         return getattr(importlib.import_module(self.__name__), name)
 
 

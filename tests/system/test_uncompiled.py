@@ -17,9 +17,14 @@ def code(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "stages, replicas, optimizer, zero", [(2, 1, "AdamW", 0), (0, 2, "SGD", 0), (0, 2, "AdamW", 1)]
+    "stages, replicas, optimizer, zero, save, loaded",
+    [
+        (2, 1, "AdamW", 0, 1, "sympy"),  # torch's checkpoints have symbolic shapes in their way
+        (0, 2, "SGD", 0, None, ""),
+        (0, 2, "AdamW", 1, None, ""),
+    ],
 )
-def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas, optimizer, zero):
+def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas, optimizer, zero, save, loaded):
     """Each says at its end which parts of the compiler it has loaded."""
     in_ranks(
         runs.parent,
@@ -34,10 +39,10 @@ def test_a_rank_trains_without_the_compiler(runs, monkeypatch, stages, replicas,
         """,
     )
     config = SMALL | {"optimizer": {"type": optimizer, "params": {"lr": 0.01}}, "zero_optimization": {"stage": zero}}
-    common = dict(model="mobilenet_v3_small", eval_every=2, config=config, runs_dir=runs)
+    common = dict(model="mobilenet_v3_small", eval_every=2, save_every=save, config=config, runs_dir=runs)
     run = launch(stages, replicas, steps=2, **common)
     assert len(run.losses) == 2
-    assert [(runs.parent / f"loaded_by_rank{rank}").read_text() for rank in (0, 1)] == ["", ""]
+    assert [(runs.parent / f"loaded_by_rank{rank}").read_text() for rank in (0, 1)] == [loaded, loaded]
 
 
 def test_the_compiler_comes_when_it_is_wanted():
