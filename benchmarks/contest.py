@@ -33,6 +33,15 @@ SEED = 1138
 OPTIMIZER = {"type": "SGD", "params": {"lr": 0.1}}
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # of the runs that show how throughput grows
 GROWING_STAGES = (1, 2, 4)  # likewise, with the train batch of the rivals
+WEIGHTS = "weights.pt"
+# The weights that the other rivals draw. Ours would give each draw a seed of its own, so it is handed them.
+DRAW = """
+import sys
+import torch
+from pipetutor.core.layers import build
+torch.manual_seed(int(sys.argv[1]))
+torch.save(build("alexnet").state_dict(), sys.argv[2])
+"""
 WARM_UP = 2  # steps: memory is allocated, shapes are agreed on
 LATER = 2  # steps that are measured in the repetitions after the first, which runs as many as losses are compared
 PATIENCE_SECONDS = 600  # without a step: a slow machine may take as many steps' time as it needs
@@ -118,6 +127,7 @@ def command(name: str, directory: Path, steps: int, cut: str) -> list[str]:
     if stages:
         flags["--partition"] = cut
     flags |= {"--deepspeed_config": directory / "config.json", "--dtype": rival.dtype}
+    flags["--weights"] = directory.with_name(WEIGHTS)
     if gpus(STAGES).count < STAGES:
         flags["--backend"] = "gloo"
     words = [str(word) for flag in flags.items() for word in flag]
@@ -152,6 +162,8 @@ def compete(name: str, directory: Path, steps: int, config: dict[str, Any], cut:
         rival = replace(rival, ranks=cut.count(","))
     directory.mkdir(parents=True)
     records.write_json(directory / "config.json", config)
+    if rival.stages is not None and not (weights := directory.with_name(WEIGHTS)).exists():
+        subprocess.run([*machine.PYTHON, "-c", DRAW, str(SEED), str(weights)], check=True)
     begin, (busy, own) = time.monotonic(), _busy()
     steps_file, seen, moved = directory / records.STEPS, 0, begin
     ranks = []
