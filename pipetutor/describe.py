@@ -19,7 +19,7 @@ from pipetutor.system.named import Named
 
 __all__ = ["describe", "describe_here"]
 
-MICRO_BATCH = 2  # of the micro-batch that goes through
+MICRO_BATCH = 2
 
 
 def describe(model: str, dataset: str, data_dir: str | Path = fetch.DATA_DIR) -> Description:
@@ -71,9 +71,15 @@ def _look(model: str, dataset: str, data_dir: str | Path) -> Description:
 
     built = build_model(model, held=())
     train, test = (loader.load(dataset, train, -1, data_dir) for train in (True, False))
-    inputs, labels = loader.example(train, MICRO_BATCH)
+    inputs, _ = loader.example(train, MICRO_BATCH)
+    tested, _ = loader.example(test, MICRO_BATCH)
+    if tested.shape != inputs.shape or tested.dtype != inputs.dtype:
+        shapes = " and ".join(f"{tuple(part.shape[1:])} {part.dtype}" for part in (inputs, tested))
+        raise ValueError(f"{dataset}: inputs to train and to test on differ: {shapes}")
     try:
-        check_model(built, inputs, labels)
+        for part in (train, test):
+            labels = loader.some_labels(part)
+            check_model(built, inputs.new_empty(len(labels), *inputs.shape[1:]), labels)
     except ValueError as error:
         raise ValueError(f"{model} with {dataset}: {error}") from None
     sizes = len(train), len(test)  # type: ignore[arg-type]

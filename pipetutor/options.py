@@ -87,14 +87,14 @@ class Options:
     )
     model: str = option(
         "alexnet",
-        Kind("the name of a model", KINDS["text"].fits, "'alexnet'"),
+        Kind("the name of a model, or of a function in a file ('mine:net')", KINDS["text"].fits, "'alexnet'"),
         "a torchvision model whose forward is a chain of blocks, see pipetutor.core.partition.catalog(); "
         "gpt or gpt:layers=8,width=256; or a function of your own, module:function, that returns a list of layers",
         "--model",
     )
     dataset: str = option(
         "synthetic",
-        Kind("the name of a data set", KINDS["text"].fits, "'synthetic'"),
+        Kind("the name of a data set, or of a function in a file ('mine:data')", KINDS["text"].fits, "'synthetic'"),
         "synthetic: ten drawn shapes, 2,000 train and 500 test images; cifar10, downloaded once; sums, text for gpt; "
         "or a function of your own, module:function, that takes train (True or False) and returns a data set",
         "--dataset",

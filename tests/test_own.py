@@ -4,14 +4,16 @@ import textwrap
 
 import pytest
 import torch
-from conftest import train
+from conftest import RankFailed, train
 from torch import nn
 
 from pipetutor import launch
+from pipetutor.costs import measure
 from pipetutor.describe import describe, describe_here
 from pipetutor.weights import export
 
 MODULE = """
+    import os
     import torch
     from torch import nn
     from torch.utils.data import TensorDataset
@@ -36,6 +38,13 @@ MODULE = """
     def words(train): return ["a", "b"]
     def alone(train): return [torch.zeros(8)]
     def texts(train): return [("abc", 1)]
+    def triples(train): return [(torch.zeros(8), 1, 2)]
+    def endless(train): return iter([])
+    def narrow_test(train): return TensorDataset(torch.zeros(4, 8 if train else 7), torch.zeros(4, dtype=torch.long))
+    def class_3(train): return TensorDataset(torch.zeros(4, 8), torch.full((4,), 3))
+    def unseeded(train):
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(torch.seed() % 1000 + os.getpid()))
+        return TensorDataset(x, (x[:, 0] > 0).long())
     def breaks(train): raise OSError("no network")
 """
 CONFIG = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
@@ -75,9 +84,21 @@ def test_a_loss_of_ones_own_is_trained_and_evaluated(own, runs):
         _ = run.accuracy
 
 
+def test_data_that_is_other_data_on_each_rank_is_refused(own, runs):
+    words = ["--model", f"{own}:mlp", "--dataset", f"{own}:unseeded", "-s", "1"]
+    with pytest.raises(RankFailed, match="has other labels on each rank: what"):
+        train(runs / "ranks", *words, stages=2, config=CONFIG)
+
+
+def test_costs_of_what_cannot_work_are_refused_in_one_line(own, runs):
+    with pytest.raises(ValueError, match=r"layer 1 \(Linear\) does not take") as refusal:
+        measure(f"{own}:misfit", 4, 1, dataset=f"{own}:points", runs_dir=runs)
+    assert "\n" not in str(refusal.value) and [path.name for path in runs.iterdir()] == ["ranks"]
+
+
 def test_what_cannot_work_is_said_before_ranks_start(own, runs, monkeypatch):
     monkeypatch.setattr("pipetutor.launcher.watch", lambda *_: pytest.fail("ranks were started"))
-    with pytest.raises(ValueError, match=r"layer 1 \(Linear\) does not take \(2, 4\) float32 of layer 0") as refusal:
+    with pytest.raises(ValueError, match=r"layer 1 \(Linear\) does not take \(64, 4\) float32 of layer 0") as refusal:
         launch(model=f"{own}:misfit", dataset=f"{own}:points", runs_dir=runs)
     assert "\n" not in str(refusal.value)
     assert [path.name for path in runs.iterdir()] == ["ranks"]
@@ -86,13 +107,18 @@ def test_what_cannot_work_is_said_before_ranks_start(own, runs, monkeypatch):
 @pytest.mark.parametrize(
     "dataset, words",
     [
-        ("nothing", "returns a list for train=True, and must return a data set"),
+        ("nothing", "returns a list for train=True that is empty"),
         ("words", r"whose items are no \(input, label\) pairs, but each a str"),
         ("alone", "but each a Tensor"),
         ("texts", "whose input is a tuple, and must be one tensor or a number"),
-        ("breaks", "line 26: OSError: no network"),
+        ("breaks", "line 34: OSError: no network"),
         ("mlp", "TypeError: "),
-        ("gone", "has no function gone; it has mlp, points"),
+        ("gone", "has no function gone; did you mean alone"),
+        ("poins", "has no function poins; did you mean points"),
+        ("triples", "but each a tuple of 3"),
+        ("endless", "must return a data set with a length"),
+        ("narrow_test", r"inputs to train and to test on differ: \(8,\) torch.float32 and \(7,\) torch.float32"),
+        ("class_3", "Target 3 is out of bounds"),
     ],
 )
 def test_what_is_no_data_set_is_refused_in_one_line(own, dataset, words, tmp_path):

@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def certify(
 
     >>> print(certify(models=["vgg"], stages=[1, 2]))  # doctest: +SKIP
     """
-    check("models", models, list_of(KINDS["text"]))
+    check("models", models, list_of(replace(KINDS["text"], example="'gpt'")))
     check(
         "ways", ways, (ways and list_of(named(WAYS))) or Kind("a list", lambda value: isinstance(value, list | tuple))
     )

@@ -6,6 +6,7 @@ run: ``pipetutor.describe`` does so in a process of its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipetutor.core.gpt_sizes import gpt_sizes
 from pipetutor.core.partition import Layer, catalog
@@ -102,7 +103,8 @@ def _named(option: str, text: str, known: list[str]) -> Named:
             check(option, named.name, known)
     except ValueError as error:
         words = str(error) if str(error).startswith("unknown") else f"{option} {error}"
-        raise ValueError(f"{words}; or give a function of your own, {FORM}") from None
+        form = f"{text}:FUNCTION of your {text}.py" if Path(f"{text}.py").is_file() else FORM
+        raise ValueError(f"{words}; or give a function of your own, {form}") from None
     return named
 
 

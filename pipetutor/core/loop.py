@@ -17,6 +17,7 @@ from pipetutor.core.observer import Observer, Peers
 from pipetutor.core.plan import Plan
 from pipetutor.data import loader
 from pipetutor.schedule.orders import Instruction
+from pipetutor.system.named import Named
 
 __all__ = ["Loop"]
 
@@ -54,7 +55,11 @@ class Loop:
         self.micro_batches = engine.feed(map(self._checked, batches))  # no generator, which would hold on to the last
 
     def _data(self, train: bool) -> Dataset[Any]:
-        return loader.load(self.options.dataset, train, self.options.local_rank, self.options.data_dir)
+        options = self.options
+        found = loader.load(options.dataset, train, options.local_rank, options.data_dir)
+        if Named.parse(options.dataset).is_own:
+            loader.check_same(found, options.dataset)
+        return found
 
     def _images(self, dataset: Dataset[Any]) -> Dataset[Any]:
         return dataset if self.options.transforms == "pil" else loader.as_stored(dataset)

@@ -254,9 +254,12 @@ def build_model(
         return _construct(named, dropout, _Building(seed, None))
     outline = _Building(seed, frozenset())
     model = _construct(named, dropout, outline)
-    layers = [model.layers[index] for span in held for index in span]
-    if not layers:
+    indices = [index for span in held for index in span]
+    if not indices:
         return model
+    if max(indices) >= len(model.layers):
+        raise ValueError(f"{name} has made {len(model.layers)} layers, and more before; it must always make the same")
+    layers = [model.layers[index] for index in indices]
     wanted = {id(t) for layer in layers for t in itertools.chain(layer.parameters(), layer.buffers())}
     numbers = frozenset(number for number, tensor in enumerate(outline.tensors) if id(tensor) in wanted)
     building = _Building(seed, numbers)
@@ -380,8 +383,14 @@ def crossing(model: Model, inputs: torch.Tensor) -> list[torch.Tensor]:
             with torch.no_grad():
                 output = torch.func.functional_call(layer, tensors, found[-1].clone())
         except Exception as error:
-            words = " ".join(str(error).split())[:300]
-            raise ValueError(f"{about} does not take {given}: {type(error).__name__}: {words}") from None
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if "meta" in words:
+                raise ValueError(
+                    f"{about} cannot be tried without numbers, on torch's device meta, with {given}: make each "
+                    "tensor that it keeps a buffer (register_buffer), and depend on no value (.item(), if): "
+                    f"{words}"
+                ) from None
+            raise ValueError(f"{about} does not take {given}: {words}") from None
         if not isinstance(output, torch.Tensor):
             raise ValueError(
                 f"{about} gives a {type(output).__name__}, and one tensor passes from layer to layer: put what needs "
@@ -398,16 +407,18 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def check_model(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-    """Raise ValueError unless a micro-batch can go through all layers and the loss.
+    """Raise ValueError unless a micro-batch can go through all layers, and the loss is a mean.
 
     Args:
         model: held or not.
-        inputs: of a micro-batch.
-        labels: of the same.
+        inputs: of a micro-batch; only their shape matters.
+        labels: of the same, as they are.
     """
     output = crossing(model, inputs)[-1]
     try:
-        loss = model.loss_fn(output, labels.to("meta"))
+        outputs = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
+        loss = model.loss_fn(outputs, labels)
+        twice = model.loss_fn(torch.cat([outputs, outputs]), torch.cat([labels, labels]))
     except Exception as error:
         words = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -417,6 +428,11 @@ def check_model(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> Non
     if not isinstance(loss, torch.Tensor) or loss.dim():
         what = _shape(loss) if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"the loss gives {what}, and must give one number, the mean over the micro-batch")
+    if not torch.allclose(loss, twice, rtol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"the loss is {loss.item():.4g} for a micro-batch and {twice.item():.4g} for the same twice: it must "
+            "be the mean over the examples, and no sum (reduction='mean')"
+        )
 
 
 def write_catalog(path: Path) -> None:

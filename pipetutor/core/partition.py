@@ -195,6 +195,8 @@ def _explicit(partition: str, count: int, stages: int) -> list[int]:
 def check_stages(layers: Sequence[Layer], stages: int) -> None:
     """Raise ValueError where the layers cannot give every stage something to train, wherever they are cut."""
     weighted = sum(layer.parameters > 0 for layer in layers)
+    if not weighted:
+        raise ValueError(f"none of the model's {len(layers)} layers has weights to train (requires_grad)")
     if stages > len(layers):
         raise ValueError(
             f"{stages} stages, but the model has {len(layers)} layers, {weighted} of them with weights: use 1 to "

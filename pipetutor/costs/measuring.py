@@ -1,5 +1,6 @@
 """Measure what each layer costs here, in processes of their own, which ``pipetutor.costs.ranks`` runs."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,15 @@ def measure(
     asked = {"model": model, "dataset": dataset, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
     total = STEPS * MICRO_BATCHES
     env = cpu_environment(ranks) | {fetch.VARIABLE: str(data_dir)}
-    run_job("pipetutor.costs.ranks", directory, asked, env, total, "micro-batches", _brief)
+    rows = run_job("pipetutor.costs.ranks", directory, asked, env, total, "micro-batches", _brief)
+    for refusal in (row["refusal"] for row in rows if "refusal" in row):
+        shutil.rmtree(directory)
+        raise ValueError(refusal)
     return LayerCosts.load(directory)
 
 
 def _brief(row: dict[str, Any]) -> str:
-    return f"{1e3 * row['seconds']:.0f} ms a micro-batch"
+    return "refused" if "refusal" in row else f"{1e3 * row['seconds']:.0f} ms a micro-batch"
 
 
 def main() -> None:

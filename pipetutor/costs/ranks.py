@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipetutor.core import records
 from pipetutor.core.accumulate import accumulate_in_place
-from pipetutor.core.model import build_model
+from pipetutor.core.model import build_model, check_model
 from pipetutor.costs.measuring import MICRO_BATCHES, STEPS
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.data import fetch, loader
@@ -259,7 +259,15 @@ def _rank(
 
 
 def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int, dropout: float | None) -> None:
-    """Fork the measuring ranks, and write what they found; run by ``costs.measuring`` in a process of its own."""
+    """Fork the measuring ranks, and write what they found; run by ``costs.measuring`` in a process of its own.
+
+    Raises:
+        ValueError: model and data do not fit each other or a pipeline.
+    """
+    outline, trainset = build_model(model, held=()), loader.load(dataset, True, -1, fetch.DATA_DIR)
+    labels = loader.some_labels(trainset)
+    check_model(outline, loader.example(trainset, len(labels))[0], labels)
+    about = outline.about()
     asked = (ranks, model, dataset, micro_batch, dropout, directory)
     works = [functools.partial(_rank, rank, *asked) for rank in range(ranks)]
     found = forked(works, directory / "logs" / "costs.log", PATIENCE_SECONDS)
@@ -267,7 +275,6 @@ def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int
     def median(name: str) -> Any:
         return np.median([value for samples in found for value in samples[name]], axis=0)
 
-    about = build_model(model, held=()).about()
     later, share = median("later"), median("share")
     saving = np.clip(later - median("first"), -share * later, share * later)
     times = zip(median("forward").tolist(), later.tolist(), share.tolist(), saving.tolist(), strict=True)
@@ -297,5 +304,12 @@ def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int
     records.write_json(directory / FILE, content)
 
 
+def _work(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    try:
+        work(directory, **asked)
+    except ValueError as error:
+        yield {"refusal": str(error)}
+
+
 if __name__ == "__main__":
-    do_job(lambda directory, asked: work(directory, **asked))
+    do_job(_work)

@@ -26,11 +26,13 @@ __all__ = [
     "Position",
     "Synthetic",
     "as_stored",
+    "check_same",
     "cifar_trainset",
     "enlarge",
     "example",
     "load",
     "micro_batches",
+    "some_labels",
 ]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -97,11 +99,19 @@ def _own(named: Named, train: bool) -> Dataset[Any]:
     """Open a data set of one's own."""
     found = named.call(train)
     what = f"{named.text} returns a {type(found).__name__} for train={train}"
-    if not hasattr(found, "__getitem__") or not hasattr(found, "__len__") or not len(found):
-        raise ValueError(f"{what}, and must return a data set that holds (input, label) pairs: a TensorDataset, say")
-    pair = found[0]
+    try:
+        size = len(found)
+        pair = found[0] if size else None
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{what}, and must return a data set with a length, whose items have numbers and are (input, label) "
+            f"pairs: a TensorDataset, say ({error})"
+        ) from None
+    if not size:
+        raise ValueError(f"{what} that is empty")
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(f"{what} whose items are no (input, label) pairs, but each a {type(pair).__name__}")
+        many = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
+        raise ValueError(f"{what} whose items are no (input, label) pairs, but each a {type(pair).__name__}{many}")
     try:
         parts = default_collate([pair])
     except (TypeError, RuntimeError) as error:
@@ -185,6 +195,29 @@ class Pixels(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self._images[index], self.targets[index]
+
+
+def some_labels(dataset: Dataset[Any]) -> torch.Tensor:
+    """Return the labels of some examples, spread over a data set."""
+    labels = Labels(dataset)
+    places = torch.linspace(0, len(labels) - 1, min(64, len(labels))).long().tolist()
+    return default_collate([labels[place][0] for place in places])
+
+
+def check_same(dataset: Dataset[Any], name: str) -> None:
+    """Raise ValueError unless all ranks have the same data set, by its size and some labels; all of them call this.
+
+    The first stage reads inputs of its own, and the last one labels: if they do not belong together, nothing fails.
+    """
+    mine = len(dataset), some_labels(dataset).tolist()  # type: ignore[arg-type]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if any(other != found[0] for other in found):
+        sizes = sorted({size for size, _ in found})
+        what = f"{sizes[0]} to {sizes[-1]} examples" if len(sizes) > 1 else "other labels"
+        raise ValueError(
+            f"{name} has {what} on each rank: whatever it draws needs a seed, so that each call gives the same"
+        )
 
 
 def as_stored(dataset: Dataset[Any]) -> Dataset[Any]:

@@ -13,13 +13,14 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipetutor.system.kinds import shown
+from pipetutor.system.kinds import closest, shown
 
 __all__ = ["FORM", "Named"]
 
@@ -80,6 +81,10 @@ class Named:
             ValueError: there is no such module or function in it, the module cannot be imported, or the function
                 does not take the arguments; the message says which, and where it was looked for.
         """
+        if self.module == "__main__":
+            raise ValueError(
+                f"{self.text}: other processes do not have the functions of a cell: write it into a file"
+            )
         here = os.getcwd()
         sys.path.insert(0, here)
         try:
@@ -88,14 +93,24 @@ class Named:
             if error.name and (self.module == error.name or self.module.startswith(f"{error.name}.")):
                 raise ValueError(self._missing()) from None
             raise ValueError(f"{self.text}: {_told(error)}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{self.text}: {_told(error)}") from None
         finally:
             sys.path.remove(here)
+        beside, taken = self._file(), getattr(module, "__file__", None) or "a part of Python"
+        if beside.exists() and Path(taken).resolve() != beside.resolve():
+            raise ValueError(
+                f"{self.text}: {self.module} is {taken}, which Python takes before {beside}: rename yours"
+            )
         found = getattr(module, self.name, None)
         if not callable(found):
-            there = ", ".join(name for name, one in vars(module).items() if _is_of(one, module)) or "none"
-            raise ValueError(f"{self.text}: {self.module} has no function {self.name}; it has {there}")
+            there = [name for name, one in vars(module).items() if _is_of(one, module) and name[0] != "_"]
+            close = closest(self.name, there, 0.5)
+            hint = f"did you mean {close}?" if close else f"it has {', '.join(there[:8]) or 'none'}"
+            what = (
+                f"no function {self.name}" if found is None else f"{self.name}, but that is a {type(found).__name__}"
+            )
+            raise ValueError(f"{self.text}: {self.module} has {what}; {hint}")
         return found
 
     def call(self, *given: Any) -> Any:
@@ -111,7 +126,7 @@ class Named:
             raise ValueError(f"{self.text}: {self.name}{inspect.signature(function)}: {error}") from None
         try:
             return function(*given, **self.arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{self.text}: {_told(error)}") from None
 
     def source_digest(self) -> str:
@@ -132,9 +147,16 @@ class Named:
             raise ValueError(self._missing())
         return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
+    def _file(self) -> Path:
+        """Return where the module lies if it is one's own."""
+        return Path(os.getcwd(), *self.module.split(".")).with_suffix(".py")
+
     def _missing(self) -> str:
-        path = Path(os.getcwd(), *self.module.split("."))
-        return f"{self.text}: there is no module {self.module}: neither {path}.py nor an installed one; give {FORM}"
+        if self.module.endswith(".py"):
+            return f"{self.text}: a module is named without .py: {self.module.removesuffix('.py')}:{self.name}"
+        return (
+            f"{self.text}: there is no module {self.module}: neither {self._file()} nor an installed one; give {FORM}"
+        )
 
 
 def _value(text: str) -> Any:
@@ -148,12 +170,13 @@ def _is_of(one: Any, module: Any) -> bool:
     return inspect.isfunction(one) and one.__module__ == module.__name__
 
 
-def _told(error: Exception) -> str:
-    """Say in a line what went wrong, and where, in a file that is not of this package."""
+def _told(error: BaseException) -> str:
+    """Say in a line what went wrong, and where, in a file that is neither of this package nor an installed one."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     places = [place for place in traceback.extract_tb(error.__traceback__) if not place.filename.startswith("<")]
-    theirs = [place for place in places if not place.filename.startswith(str(Path(__file__).parents[1]))]
+    others = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values())
+    theirs = [place for place in places if not place.filename.startswith(others)]
     place = (theirs or places)[-1]
     where = f"{place.filename}, line {place.lineno}"
     return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"

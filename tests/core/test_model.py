@@ -163,6 +163,8 @@ OWN = """
     def bad_loss(): return [nn.Linear(4, 2)], 7
     def long_loss(): return [nn.Linear(4, 2)], nn.CrossEntropyLoss(reduction="none")
     def odd_loss(): return [nn.Linear(4, 2)], nn.BCELoss()
+    def sums_up(): return [nn.Linear(4, 2)], nn.CrossEntropyLoss(reduction="sum")
+    def two_classes(): return [nn.Linear(4, 2)]
     def asks(): return [nn.Linear(4, 4), lambda x: x if x.sum().item() > 0 else -x, nn.Linear(4, 2)]
 """
 
@@ -180,7 +182,7 @@ def test_a_list_of_ones_own_is_a_model(own):
     model = build_model(f"{own}:good")
     assert [tuple(layer) for layer in model.about()] == [("Linear", 20, ""), ("tanh", 0, ""), ("Linear", 10, "")]
     assert list(model.state()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    check_model(model, torch.empty(2, 4), torch.empty(2, dtype=torch.int64))
+    check_model(model, torch.empty(2, 4), torch.zeros(2, dtype=torch.int64))
     assert build_model(f"{own}:partly").about()[1].kind == "partial"
     model = build_model(f"{own}:with_loss")
     assert isinstance(model.loss_fn, nn.MSELoss) and len(model.layers) == 2
@@ -205,14 +207,16 @@ def test_a_list_of_ones_own_is_a_model(own):
         ("bad_loss", r"the loss must be a module or a function, and is a int"),
         ("long_loss", r"the loss gives \(2,\) float32, and must give one number"),
         ("odd_loss", r"the loss does not take \(2, 2\) float32 of the last layer with labels \(2,\) int64"),
-        ("asks", r"layer 1 \(<lambda>\) does not take \(2, 4\) float32"),
+        ("asks", r"layer 1 \(<lambda>\) cannot be tried without numbers.*: make each tensor .* a buffer"),
+        ("sums_up", r"the loss is .* for a micro-batch and .* for the same twice: it must be the mean"),
+        ("two_classes", r"the loss does not take \(2, 2\) float32 .*: IndexError: Target 2 is out of bounds"),
         ("other_each_time", r"another model each time"),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(own, name, words):
     with pytest.raises(ValueError, match=words) as refusal:
         model = build_model(f"{own}:{name}", held=[range(1)])
-        check_model(model, torch.empty(2, 4), torch.empty(2, dtype=torch.int64))
+        check_model(model, torch.empty(2, 4), torch.full((2,), 2 * (name == "two_classes")))
     assert "\n" not in str(refusal.value)
 
 

@@ -132,6 +132,7 @@ def test_a_mean_is_taken_of_a_copy():
     assert peaks[1] == pytest.approx(4 * count + 20 * MB, abs=0.1 * MB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_two_replicas_keep_what_was_predicted(runs, monkeypatch, zero_stage):
     """Tensors to the byte; the rest is nearer to the prediction than to that of the other way, or twice as much."""

@@ -1,5 +1,7 @@
 """A name is taken apart, and a function of one's own is found, or it is said in a line why not."""
 
+import sys
+
 import pytest
 
 from pipetutor.system.named import Named
@@ -34,11 +36,14 @@ def test_what_is_no_name_is_refused(text):
 
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
-    """A file beside a notebook."""
+    """A file beside a notebook, which no test before has imported."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "beside_me", raising=False)
     (tmp_path / "beside_me.py").write_text(
-        "def twice(number, by=2): return by * number\ndef fails(): return 1 / 0\nword = 'no function'\n"
+        "def twice(number, by=2): return by * number\ndef fails(): return 1 / 0\n"
+        "word = 'no function'\ndef leaves(): raise SystemExit(3)\n"
     )
+    (tmp_path / "statistics.py").write_text("def mean(): pass\n")
     (tmp_path / "broken_file.py").write_text("def f(:\n")
     (tmp_path / "needs_more.py").write_text("import nowhere_to_be_found\n")
 
@@ -53,7 +58,12 @@ def test_a_function_beside_is_called_with_its_arguments(beside):
     [
         ("not_there:f", [], r"there is no module not_there: neither .*not_there.py nor an installed one"),
         ("beside_me:f", [], r"beside_me has no function f; it has twice, fails"),
-        ("beside_me:word", [], r"has no function word"),
+        ("beside_me:twic", [], r"has no function twic; did you mean twice"),
+        ("beside_me:word", [], r"has word, but that is a str"),
+        ("beside_me.py:twice", [], r"a module is named without .py: beside_me:twice"),
+        ("beside_me:leaves", [], r"beside_me.py, line 4: SystemExit: 3"),
+        ("statistics:mean", [], r"statistics is .*, which Python takes before .*statistics.py: rename yours"),
+        ("__main__:f", [], r"write it into a file"),
         ("beside_me:twice", [], r"twice\(number, by=2\): missing a required argument: 'number'"),
         ("beside_me:twice:to=3", [1], r"got an unexpected keyword argument 'to'"),
         ("beside_me:fails", [], r"beside_me.py, line 2: ZeroDivisionError: division by zero"),
