@@ -338,6 +338,8 @@ def _layer(where: str, layer: Any, shared: dict[str, nn.Module]) -> nn.Module:
 def _built(where: str, spec: Any) -> nn.Module:
     try:
         return spec.build()
+    except (MemoryError, RuntimeError):  # torch's, where there is no memory, says so itself
+        raise
     except Exception as error:
         words = " ".join(str(error).split())
         kind = spec.typename.__name__
