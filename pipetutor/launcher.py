@@ -23,7 +23,6 @@ from pipetutor.processes.supervise import Process
 from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import disk, machine
 from pipetutor.system.gpus import gpus
-from pipetutor.system.named import Named
 
 __all__ = ["RunFailed", "launch"]
 
@@ -60,8 +59,7 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
         from pipetutor.weights import check_weights  # torch: loaded only by who brings weights
 
         check_weights(options.model, options.weights)
-    if not Named.parse(options.dataset).is_own:
-        fetch.prepare(options.dataset, options.data_dir)
+    fetch.prepare(options.dataset, options.data_dir)
     table = ""
     if options.partition == PROFILE:
         from pipetutor.costs import profile  # numpy: loaded only by who asks for it

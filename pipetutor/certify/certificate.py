@@ -181,8 +181,7 @@ def certify(
     controls = [one for one in CONTROLS if (ties or one not in TIED) and ("clipped" in ways or one != "stagewise")]
     chosen += [last | {"control": one, "way": "clipped" if one == "stagewise" else ""} for one in controls]
     for name in set(data.values()):
-        if not Named.parse(name).is_own:
-            fetch.prepare(name, data_dir)
+        fetch.prepare(name, data_dir)
     directory = records.create(Path(runs_dir), "certificate")
     # One thread, so that both sides add up in the same order and forks are safe.
     env = cpu_environment(1) | {"OMP_NUM_THREADS": "1", fetch.VARIABLE: str(data_dir)}

@@ -70,8 +70,7 @@ def measure(
             f"all of {model} on each of {counted(ranks, 'rank')} takes {ranks * needed / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} are free: use {counted(max(1, free // needed), 'rank')} or a smaller model"
         )
-    if data:
-        fetch.prepare(dataset, data_dir)
+    fetch.prepare(dataset, data_dir)
     directory = records.create(Path(runs_dir), "costs")
     asked = {"model": model, "dataset": dataset, "micro_batch": micro_batch, "ranks": ranks, "dropout": dropout}
     total = STEPS * MICRO_BATCHES

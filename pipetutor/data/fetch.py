@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from pipetutor.system import disk
+from pipetutor.system.named import Named
 
 __all__ = ["DATA_DIR", "SHARED_DIR", "VARIABLE", "DataError", "locked", "prepare"]
 
@@ -146,7 +147,7 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
     Any number of processes may call this at once; one does the work and the others wait for it.
 
     Args:
-        dataset: ``cifar10``, ``synthetic`` or ``sums``.
+        dataset: ``cifar10``, ``synthetic`` or ``sums``; of a function of one's own nothing is to be prepared.
         data_dir: made when missing. ``cifar-10-python.tar.gz`` put there by hand is used.
 
     Raises:
@@ -154,6 +155,8 @@ def prepare(dataset: str, data_dir: str | Path) -> None:
 
     >>> prepare("synthetic", "/tmp/cifar10-data")  # doctest: +SKIP
     """
+    if Named.parse(dataset).is_own:
+        return
     files, data_dir = FILES[dataset], Path(data_dir)
     try:
         if ready(dataset, data_dir):

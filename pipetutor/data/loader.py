@@ -83,13 +83,14 @@ def load(dataset: str, train: bool, local_rank: int, data_dir: str | Path) -> Da
         ValueError: a function of one's own is not there, fails, or returns no data set.
     """
     named = Named.parse(dataset)
-    found = _own(named, train) if named.is_own and local_rank <= 0 else None
-    if not named.is_own and local_rank <= 0:
+    found = None
+    if local_rank <= 0:
         prepare(dataset, data_dir)
+        found = _own(named, train) if named.is_own else None
     if dist.is_initialized():
         dist.barrier()
     if named.is_own:
-        return found or _own(named, train)
+        return _own(named, train) if found is None else found
     if dataset == "sums":
         return Sums(data_dir, train)
     return IMAGES[dataset](data_dir, train=train, transform=TRANSFORM)

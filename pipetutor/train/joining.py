@@ -155,6 +155,6 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, str]:
     elif options.save_every or options.trace:
         flag = "--save-every" if options.save_every else "--trace"
         raise ValueError(f"{flag} needs a place to write to: give --run-dir, too")
-    if options.local_rank == 0 and not Named.parse(options.dataset).is_own:
+    if options.local_rank == 0:
         fetch.prepare(options.dataset, options.data_dir)
     return with_bounds(plan) if os.environ["RANK"] == "0" else (plan, "")  # the first rank's bounds are everybody's
