@@ -15,7 +15,6 @@ from pipetutor.core.partition import Layer
 from pipetutor.data import fetch
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import do_job, run_job
-from pipetutor.system.named import Named
 
 __all__ = ["describe", "describe_here"]
 
@@ -36,8 +35,7 @@ def describe(model: str, dataset: str, data_dir: str | Path = fetch.DATA_DIR) ->
     """
     if found := _known(model, dataset):
         return found
-    if not Named.parse(dataset).is_own:
-        fetch.prepare(dataset, data_dir)
+    fetch.prepare(dataset, data_dir)
     asked = {"model": model, "dataset": dataset, "data_dir": str(data_dir)}
     with tempfile.TemporaryDirectory(prefix="pipetutor-describe-") as directory:
         env = cpu_environment(1)
@@ -66,7 +64,8 @@ def _known(model: str, dataset: str) -> Description | None:
 
 
 def _look(model: str, dataset: str, data_dir: str | Path) -> Description:
-    from pipetutor.core.model import build_model, check_model
+    from pipetutor.core.crossing import check_model
+    from pipetutor.core.model import build_model
     from pipetutor.data import loader
 
     built = build_model(model, held=())

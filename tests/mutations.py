@@ -69,7 +69,7 @@ CORE = [
         "core/test_model.py::test_a_part_has_the_weights_of_the_whole_and_nothing_else",
     ),
     Mutation(
-        "core/model.py",
+        "core/tied.py",
         "parameter.grad.add_(twin.grad)",
         "pass",
         "core/test_model.py::test_gradients_of_tied_places_are_added_up_apart_and_come_to_the_same",

@@ -25,9 +25,10 @@ from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.config import REDUCE_BUCKET, dtype_of
 from pipetutor.core.engine import After, Batches, Before, Kept, others, say
-from pipetutor.core.model import Model, Tied, TiedSums
+from pipetutor.core.model import Model
 from pipetutor.core.pieces import NUMBERS, piece_of
 from pipetutor.core.recompute import StageLayers
+from pipetutor.core.tied import Tied, TiedSums
 from pipetutor.schedule.orders import PARTNERS, Instruction
 
 __all__ = ["DataParallel", "Pipeline", "PipelineModule"]
@@ -282,8 +283,8 @@ class Pipeline(_DeepSpeed):
 
     def __init__(self, model: Model, stages: int, part: str, config: dict[str, Any], recompute: bool = False):
         self._model, self.loss_fn = model, model.loss_fn
-        by_autograd = dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage")
-        if by_autograd:
+        in_place = dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage")
+        if in_place:
             accumulate_in_place(model.layers)  # others take each gradient into a buffer of their own
         net = PipelineModule(
             layers=model.layers,
@@ -295,7 +296,7 @@ class Pipeline(_DeepSpeed):
         )
         super().__init__(net, config, stages)
         self.deepspeed.clip_fp32_gradients = self._clip
-        if by_autograd:
+        if in_place:
             self._sum_apart(TiedSums(model.layers[net._local_start : net._local_stop]))
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
         self.is_first = self.deepspeed.is_first_stage()

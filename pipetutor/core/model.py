@@ -10,10 +10,9 @@ Each random draw of that code has a seed of its own, made of the run's seed and 
 So the weights of a layer do not depend on who builds what, nor on the number of stages.
 """
 
-import copy
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,44 +32,11 @@ from pipetutor.core.layers import build, flatten_layers, layer_names, set_dropou
 from pipetutor.core.loss import CrossEntropy
 from pipetutor.core.partition import Layer
 from pipetutor.core.records import to_json
+from pipetutor.core.tied import Tied, owner
 from pipetutor.system.named import Named
 from pipetutor.system.uncompiled import torchvision
 
-__all__ = ["Model", "Tied", "TiedSums", "build_model", "check_model", "crossing", "write_catalog"]
-
-
-class Tied(nn.Module):
-    """One place of a module that has several in the list.
-
-    Args:
-        key: of the module.
-        module: the same one in all places that a rank holds, and a copy of it on another rank.
-        forward: takes the module and what comes in; None for the module's own.
-    """
-
-    def __init__(self, key: str, module: nn.Module, forward: Callable[[nn.Module, Any], Any] | None = None):
-        super().__init__()
-        self.key, self.module = key, module
-        self._forward = forward
-        self._twin: tuple[nn.Module, ...] = ()  # where torch does not look for modules
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Compute what the module does in this place."""
-        module = self.module
-        if self._twin:
-            module = self._twin[0].train(module.training)
-        return self._forward(module, input) if self._forward else module(input)
-
-    def sum_apart(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """From now on, add the gradients of this place up apart from those of the others.
-
-        Returns:
-            Each of the module's parameters, and one that has the same memory and gets the gradients of this place.
-        """
-        twins = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
-        shared = {id(buffer): buffer for buffer in self.module.buffers()}
-        self._twin = (copy.deepcopy(self.module, {**twins, **shared}),)
-        return zip(self.module.parameters(), self._twin[0].parameters(), strict=True)
+__all__ = ["Model", "build_model", "write_catalog"]
 
 
 class _Function(nn.Module):
@@ -85,7 +51,7 @@ class _Function(nn.Module):
         return self._function(input)
 
 
-class LayerList(nn.Sequential):
+class LayerList(nn.Module):
     """A list of layers as one module, whose ``state_dict`` has each tied module once."""
 
     def __init__(self, names: Sequence[str], layers: Sequence[nn.Module]):
@@ -99,39 +65,6 @@ class LayerList(nn.Sequential):
         for layer in self._layers:
             input = layer(input)
         return input
-
-
-class TiedSums:
-    """The gradients of tied places that one rank holds, added up apart, as by two ranks that hold one each.
-
-        one sum       e₀ + h₀ + e₁ + h₁           the order of one process: other roundings than on two ranks
-        apart         (e₀ + e₁) + (h₀ + h₁)       e and h: of embedding and head, of micro-batches 0 and 1
-
-    So the losses do not depend on the number of stages, to the last bit.
-
-    Args:
-        layers: those of the rank, on its device, with the memory that they will train in.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        tied = [layer for layer in layers if isinstance(layer, Tied)]
-        first: dict[str, Tied] = {}
-        later = [layer for layer in tied if first.setdefault(layer.key, layer) is not layer]
-        self._pairs = [pair for layer in later for pair in layer.sum_apart()]
-
-    def add(self) -> None:
-        """Give each parameter the sum of its gradients."""
-        for parameter, twin in self._pairs:
-            if parameter.grad is not None and twin.grad is not None:
-                parameter.grad.add_(twin.grad)
-            elif twin.grad is not None:
-                parameter.grad = twin.grad
-            twin.grad = None
-
-
-def owner(layer: nn.Module) -> nn.Module:
-    """Return the module that has a layer's parameters."""
-    return layer.module if isinstance(layer, Tied) else layer
 
 
 @dataclass(frozen=True)
@@ -363,78 +296,6 @@ def _check_parameters(name: str, layers: Sequence[nn.Module]) -> None:
                     f"{name}: layers {other} and {index} share their {key}, and on two stages each would have its "
                     "own: make both a deepspeed.pipe.TiedLayerSpec of one key"
                 )
-
-
-def crossing(model: Model, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Return what enters each layer, and what leaves the last one, as tensors without memory.
-
-    Args:
-        model: held or not.
-        inputs: of a micro-batch; only their shape matters.
-
-    Raises:
-        ValueError: a layer does not take what the one before gives, or gives what cannot be sent.
-    """
-    found = [inputs.to("meta")]
-    for index, layer in enumerate(model.layers):
-        held = itertools.chain(layer.named_parameters(), layer.named_buffers())
-        tensors = {name: torch.empty_like(t, device="meta") for name, t in held}
-        about = f"layer {index} ({model.about()[index].kind})"
-        given = f"{_shape(found[-1])} of " + (f"layer {index - 1}" if index else "a micro-batch")
-        try:
-            with torch.no_grad():
-                output = torch.func.functional_call(layer, tensors, found[-1].clone())
-        except Exception as error:
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if "meta" in words:
-                raise ValueError(
-                    f"{about} cannot be tried without numbers, on torch's device meta, with {given}: make each "
-                    "tensor that it keeps a buffer (register_buffer), and depend on no value (.item(), if): "
-                    f"{words}"
-                ) from None
-            raise ValueError(f"{about} does not take {given}: {words}") from None
-        if not isinstance(output, torch.Tensor):
-            raise ValueError(
-                f"{about} gives a {type(output).__name__}, and one tensor passes from layer to layer: put what needs "
-                "more than one into a layer together"
-            )
-        if not output.is_floating_point():
-            raise ValueError(f"{about} gives {_shape(output)}, and no gradient can come back through whole numbers")
-        found.append(output)
-    return found
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def check_model(model: Model, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-    """Raise ValueError unless a micro-batch can go through all layers, and the loss is a mean.
-
-    Args:
-        model: held or not.
-        inputs: of a micro-batch; only their shape matters.
-        labels: of the same, as they are.
-    """
-    output = crossing(model, inputs)[-1]
-    try:
-        outputs = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
-        loss = model.loss_fn(outputs, labels)
-        twice = model.loss_fn(torch.cat([outputs, outputs]), torch.cat([labels, labels]))
-    except Exception as error:
-        words = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"the loss does not take {_shape(output)} of the last layer with labels {_shape(labels)}: "
-            f"{type(error).__name__}: {words}"
-        ) from None
-    if not isinstance(loss, torch.Tensor) or loss.dim():
-        what = _shape(loss) if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"the loss gives {what}, and must give one number, the mean over the micro-batch")
-    if not torch.allclose(loss, twice, rtol=1e-3, equal_nan=True):
-        raise ValueError(
-            f"the loss is {loss.item():.4g} for a micro-batch and {twice.item():.4g} for the same twice: it must "
-            "be the mean over the examples, and no sum (reduction='mean')"
-        )
 
 
 def write_catalog(path: Path) -> None:

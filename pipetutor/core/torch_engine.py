@@ -24,10 +24,12 @@ from torch.distributed.pipelining import schedules as runtime
 from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.batch import batch_arithmetic
 from pipetutor.core.clipping import clip_gradients
+from pipetutor.core.crossing import crossing
 from pipetutor.core.deepspeed_engines import optimizer_config
 from pipetutor.core.engine import After, Batches, Before, Kept, others, own_device
-from pipetutor.core.model import Model, Tied, TiedSums, crossing
+from pipetutor.core.model import Model
 from pipetutor.core.recompute import StageLayers
+from pipetutor.core.tied import Tied, TiedSums
 from pipetutor.schedule.orders import Instruction, build
 
 __all__ = ["TorchPipeline", "build_optimizer"]

@@ -46,6 +46,7 @@ MEASURING = (
     "core/accumulate",
     "core/layers",
     "core/model",
+    "core/tied",
     "core/gpt",
     "data/loader",
     "data/text",

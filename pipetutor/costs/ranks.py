@@ -24,7 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipetutor.core import records
 from pipetutor.core.accumulate import accumulate_in_place
-from pipetutor.core.model import build_model, check_model
+from pipetutor.core.crossing import check_model
+from pipetutor.core.model import build_model
 from pipetutor.costs.measuring import MICRO_BATCHES, STEPS
 from pipetutor.costs.table import FILE, LayerCost, LayerCosts
 from pipetutor.data import fetch, loader

@@ -9,8 +9,9 @@ from families import image, smallest
 from torch import nn
 from torch.nn import functional
 
+from pipetutor.core.crossing import crossing
 from pipetutor.core.layers import build, flatten_layers, join_layers, layer_names
-from pipetutor.core.model import build_model, crossing
+from pipetutor.core.model import build_model
 from pipetutor.core.partition import catalog
 
 MODELS = torchvision.models.list_models(module=torchvision.models)

@@ -9,8 +9,10 @@ from conftest import SMALL_SGD, run
 from torch import nn
 
 from pipetutor.core.config import read_config
+from pipetutor.core.crossing import check_model, crossing
 from pipetutor.core.deepspeed_engines import Pipeline
-from pipetutor.core.model import Tied, TiedSums, build_model, check_model, crossing
+from pipetutor.core.model import build_model
+from pipetutor.core.tied import Tied, TiedSums
 from pipetutor.core.torch_engine import TorchPipeline
 
 GPT = "gpt:layers=3,width=16"
