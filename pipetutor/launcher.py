@@ -1,9 +1,6 @@
 """What a cell runs: check, start the ranks, show progress, record, and leave nothing behind."""
 
-import os
 import shlex
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +15,14 @@ from pipetutor.options import PROFILE, Options, takes_options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.diagnosis import diagnose
 from pipetutor.processes.entry import briefly
-from pipetutor.processes.environment import free_port, rank_environment
-from pipetutor.processes.supervise import Process
+from pipetutor.processes.launchers import deepspeed, on_hosts, on_this_machine
 from pipetutor.processes.watch import RunFailed, watch
-from pipetutor.system import disk, machine
+from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
+from pipetutor.system.links import parse_links
+from pipetutor.system.namespaces import check_hosts
 
 __all__ = ["RunFailed", "launch"]
-
-HOSTS = Path("/job/hostfile")
 
 
 @briefly
@@ -52,9 +48,12 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     >>> run.losses[-1], run.samples_per_second  # doctest: +SKIP
     """
     ranks = max(options.stages, 1) * options.replicas
-    plan = preflight(
-        options, World(ranks, ranks, gpus(ranks)), describe(options.model, options.dataset, options.data_dir)
-    )
+    hosts = options.hosts if options.hosts > 1 else 0
+    links = parse_links(options.hosts, options.link)
+    about = describe(options.model, options.dataset, options.data_dir)
+    plan = preflight(options, World(ranks, ranks, gpus(ranks), hosts), about)
+    if links:
+        check_hosts(links.values())
     if options.weights is not None and options.model in catalog():  # of others the ranks see to it
         from pipetutor.weights import check_weights  # torch: loaded only by who brings weights
 
@@ -68,25 +67,24 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     directory = records.create(Path(options.runs_dir), f"p{options.stages}r{options.replicas}")
     told = replace(options, config=_short(directory / "config.json"), dtype=None, backend=plan.backend)
     again = directory.with_name(f"{directory.name}-again")
-    typed = shlex.join([*_deepspeed(ranks), *replace(told, run_dir=_short(again)).words()])
+    words = replace(told, run_dir=_short(directory)).words()
     try:
         (directory / "logs").mkdir()
         records.write_json(directory / "config.json", plan.config)
+        if hosts:
+            processes = on_hosts(words, ranks, hosts, Path(_short(directory)))
+            typed = "\n".join(shlex.join(process.command) for process in processes)
+        else:
+            processes = on_this_machine(words, ranks, directory)
+            typed = shlex.join([*deepspeed(ranks), *replace(told, run_dir=_short(again)).words()])
         records.update(directory, command=typed, **plan.record())
     except OSError as error:
         raise ValueError(disk.cannot(f"write the run to {directory}", error, "give another runs_dir")) from None
     explained = explain(plan.config, options.stages, options.replicas, options.schedule, options.chunks)
     for line in filter(None, [explained, plan.notice, table, typed]):
         print(line)
-    words = replace(told, run_dir=_short(directory)).words()
-    train = [*machine.PYTHON, "-u", "-m", "pipetutor.train", *words]
-    port = free_port()
-    processes = [
-        Process(train, rank_environment(rank, ranks, port), records.log_path(directory, rank).name)
-        for rank in range(ranks)
-    ]
     lines, total = directory / records.STEPS, options.steps - plan.done
-    report = watch(processes, directory, options.deadline, lines, total, "steps", _brief)
+    report = watch(processes, directory, options.deadline, lines, total, "steps", _brief, links)
     if report["code"] != 0:
         raise RunFailed(diagnose(directory, report), directory)
     run = Run.load(directory)
@@ -104,24 +102,3 @@ def _brief(step: dict[str, Any]) -> str:
 def _short(path: Path) -> str:
     """Return a path as a learner would type it: relative where it lies below the working directory."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _deepspeed(ranks: int) -> list[str]:
-    """Return DeepSpeed's launcher with its own options: this host, on the GPUs that CUDA_VISIBLE_DEVICES allows."""
-    found = shutil.which("deepspeed")
-    here = Path(sys.executable).with_name("deepspeed")
-    if " " in str(here):  # the kernel cannot run a script whose first line names an interpreter with spaces
-        start = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    else:
-        start = ["deepspeed" if found and Path(found).parent == here.parent else str(here)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    resources = ["--num_gpus", str(ranks)]
-    if visible is not None and gpus(ranks).count >= ranks:
-        chosen = [device.strip() for device in visible.split(",")][:ranks]
-        if all(map(str.isdigit, chosen)):
-            resources = ["--include", "localhost:" + ",".join(chosen)]
-        else:  # DeepSpeed knows no UUIDs; the ranks take what stands here
-            start = ["env", f"CUDA_VISIBLE_DEVICES={visible}", *start]
-    if HOSTS.is_file():  # where DeepSpeed looks for other hosts unless it is told not to
-        resources += ["--hostfile", os.devnull]
-    return [*start, *resources, "--master_port", str(free_port()), "--module", "pipetutor.train"]

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from pipetutor.data.fetch import DATA_DIR, SHARED_DIR
 from pipetutor.schedule.orders import SCHEDULES
+from pipetutor.system import links
 from pipetutor.system.kinds import KINDS, Kind, check
 
 __all__ = [
@@ -84,6 +85,17 @@ class Options:
     )
     steps: int = option(
         20, "count", "train batches to run, those before a checkpoint included", "-s", "--steps", typed=100
+    )
+    hosts: int = option(
+        1,
+        "count",
+        "hosts on this machine that share the ranks, each with a network of its own; a terminal's hosts are those of "
+        "deepspeed --hostfile",
+    )
+    link: str | dict[str, str] | None = option(
+        None,
+        Kind("a rate, and maybe a delay", lambda value: value is None or isinstance(value, str | dict), "'100mbit'"),
+        f"what the network between these hosts lets through a second, such as {links.EXAMPLE}; no limit by default",
     )
     model: str = option(
         "alexnet",
@@ -202,7 +214,8 @@ class Options:
     fault: str | None = option(
         None,
         "text?",
-        "inject a fault, such as stall:rank=1,step=3; also die, slow, ragged; see pipetutor.processes.faults",
+        "inject a fault, such as stall:rank=1,step=3; also die, slow, ragged, and cut and slow-link between hosts; "
+        "see pipetutor.processes.faults",
         "--fault",
     )
     deadline: float = option(

@@ -41,11 +41,13 @@ class World:
         ranks: processes of the job.
         local_ranks: those of them that are on this host.
         gpus: the CUDA devices that they can use.
+        hosts: that were made for this run on this machine; 0 where none were.
     """
 
     ranks: int
     local_ranks: int
     gpus: Gpus
+    hosts: int = 0
 
 
 def preflight(options: Options, world: World, about: Description) -> Plan:
@@ -71,13 +73,14 @@ def preflight(options: Options, world: World, about: Description) -> Plan:
     layers = about.layers
     bounds = _bounds(options, layers, world.ranks)
     batch = _batch(options, config, world.ranks, about.data.train)
+    _check_hosts(options, world)
     _check_optimizer(options, config)
     backend, notices = _backend(options, config, world)
     done = _resume(options, config)
     if backend == "gloo" and not half_precision(config) and world.local_ranks == world.ranks and done < options.steps:
         _check_memory(options.model, layers, config, batch.replicas)
     if options.fault is not None:
-        Fault.parse(options.fault).check(world.ranks, options.stages, options.steps, done)
+        Fault.parse(options.fault).check(world.ranks, options.stages, options.steps, done, world.hosts)
     _check_engine(options, batch, config)
     if (half := half_precision(config)) and backend == "gloo" and not machine.bf16_is_native():  # it loads torch
         notices.append(f"{half}: {SLOW}")
@@ -117,6 +120,18 @@ def _bounds(options: Options, layers: Sequence[Layer], ranks: int) -> list[int]:
     if ranks % stages:
         raise ValueError(_other_numbers(ranks, stages))
     return [] if partition == PROFILE else bounds_for(layers, stages * chunks, partition)
+
+
+def _check_hosts(options: Options, world: World) -> None:
+    if options.link is not None and not world.hosts:
+        raise ValueError(f"link {options.link}: it is between hosts, and there is 1: give hosts=2, say")
+    if world.hosts and world.ranks % world.hosts:
+        fitting = ", ".join(str(number) for number in range(2, world.ranks + 1) if world.ranks % number == 0)
+        raise ValueError(
+            f"{world.hosts} hosts cannot share {counted(world.ranks, 'rank')} evenly: use "
+            + (f"{fitting} hosts, or " if fitting else "")
+            + "more stages or replicas"
+        )
 
 
 def _other_numbers(ranks: int, stages: int) -> str:
@@ -176,6 +191,13 @@ def _check_optimizer(options: Options, config: dict[str, Any]) -> None:
 def _backend(options: Options, config: dict[str, Any], world: World) -> tuple[str, list[str]]:
     """Return the backend, and what is to be said of the choice."""
     gpus, ranks, half = world.gpus, world.local_ranks, half_precision(config)
+    if world.hosts:
+        if options.backend == "nccl":
+            raise ValueError(
+                f"{counted(world.hosts, 'host')} on this machine compute on its CPU, with gloo: leave the backend "
+                "out, or leave hosts out and use the GPUs as one host"
+            )
+        gpus = Gpus(0)
     why = f" to use ({gpus.why})" if gpus.why else ""
     served = gpus.count >= ranks
     if options.backend == "nccl" and not served:

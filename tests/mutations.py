@@ -286,13 +286,13 @@ AROUND = [
         "processes/test_faults.py::test_a_collective_that_all_have_come_to_is_no_circle",
     ),
     Mutation(
-        "processes/supervise.py",
+        "processes/children.py",
         "preexec_fn=lambda: end_with(me),",
         "preexec_fn=None,",
         "processes/test_supervise.py::test_a_supervisor_that_is_killed_takes_its_ranks_with_it",
     ),
     Mutation(
-        "processes/supervise.py",
+        "processes/children.py",
         "asked or INPUT in readable or os.getppid() != self._parent",
         "asked",
         "test_launcher.py::test_nothing_outlives_the_kernel",

@@ -48,7 +48,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 import course
-from pipetutor.processes.supervise import adopt_orphans, descendants, end_with, kill_descendants, reap
+from pipetutor.processes.children import adopt_orphans, descendants, end_with, kill_descendants, reap
 from pipetutor.system import disk
 
 JUPYTER = course.ROOT / "tools" / "jupyter"  # its kernel python3 is this Python, whatever the user's is

@@ -272,8 +272,12 @@ def lost_in(directory: Path) -> str:
 
 
 def log_path(directory: Path, rank: int) -> Path:
-    """Return the log of one rank; it is there once the rank was started."""
-    return directory / "logs" / f"rank{rank}.log"
+    """Return the log of one rank; it is there once the rank was started.
+
+    DeepSpeed's launcher puts the time before its name.
+    """
+    name = f"rank{rank}.log"
+    return next(directory.glob(f"logs/*_{name}"), directory / "logs" / name)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core import records
-from pipetutor.processes import heartbeat
+from pipetutor.processes import heartbeat, network
 from pipetutor.processes.heartbeat import Beat
 
 __all__ = ["diagnose"]
@@ -46,7 +46,7 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
     first = _failed_first(report["ended"], raised)
     head, why = "the run did not end well", ""
     rank, code = first or (0, None)  # where none has failed, the first rank may have said why
-    log = records.log_path(directory, rank)
+    log = _log(directory, rank, report["ended"])
     text = log.read_text(errors="replace") if log.exists() else ""
     last = [line for line in text.splitlines() if line.strip()][-15:]
     if first:
@@ -57,9 +57,15 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
             how = f"killed by {_name(code)} (exit code {code})"
         else:
             how = f"see its last lines (exit code {code})"
-        head = f"rank {rank} failed first: {how}" + (f", at {beats[rank]}" if rank in beats else "")
-        why = _explain(
-            rank, error or "\n".join(last), code if not error else None, directory, report.get("oom_kills")
+        dead = _dead_host(report["ended"], rank)
+        who = f"rank {rank}" if dead is None else f"{network.name(dead)}, with rank {rank},"
+        head = f"{who} failed first: {how}" + (f", at {beats[rank]}" if rank in beats else "")
+        why = (
+            f"all that ran on {network.name(dead)} is gone at once, as of a host that lost its power"
+            if dead is not None
+            else _explain(
+                rank, error or "\n".join(last), code if not error else None, directory, report.get("oom_kills")
+            )
         )
     lines = [head, *filter(None, [why, records.lost_in(directory)]), *_doing(list(beats.values()))]
     said = (
@@ -68,6 +74,19 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         else [f"it wrote nothing to {log}"]
     )
     return "\n".join([*lines, *said])
+
+
+def _log(directory: Path, rank: int, ended: Sequence[dict[str, Any]]) -> Path:
+    """Return the log of a rank, or of what should have started it."""
+    log = records.log_path(directory, rank)
+    started = next((directory / "logs" / end["log"] for end in ended if end["rank"] == rank and "log" in end), log)
+    return log if log.exists() else started
+
+
+def _dead_host(ended: Sequence[dict[str, Any]], rank: int) -> int | None:
+    """Return the host of a rank, if it was a run's own and has been killed as a whole."""
+    hosts = {end["rank"]: end["host"] for end in ended if end.get("killed")}
+    return hosts.get(rank)
 
 
 def _failed_first(
@@ -146,6 +165,8 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     head = f"no step was completed in {report['deadline']:g} s: "
     if absent := set(range(report["ranks"])) - {beat.rank for beat in beats}:
         return "\n".join([f"{head}rank {min(absent)} did not start", *_doing(beats)])
+    if report["cut"]:
+        return _cut_off(beats, report["cut"], head)
     if report["stopped"]:
         who = f"rank {report['stopped'][0]} is stopped, by a SIGSTOP or a debugger; SIGCONT lets a process go on"
         return "\n".join([f"{head}{who}", *_doing(beats)])
@@ -154,6 +175,8 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     first, among = min(members, key=lambda member: (member[0].step, member[0].since))
     if len(among) > 1:
         who = f"ranks {_list([beat.rank for beat in among])} wait for each other in a circle: rank {first.rank} is"
+        if len(between := {beat.host for beat in among}) > 1:
+            who = f"{' and '.join(sorted(between))} reach each other, but what is sent may take long; {who}"
     elif len(culprits) < len(beats):
         who = f"rank {first.rank} holds the others up,"
     else:
@@ -166,10 +189,31 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     return "\n".join([*lines, "if the machine is only slow, give it longer: launch(..., deadline=SECONDS)"])
 
 
+def _cut_off(beats: list[Beat], cut: list[list[str]], head: str) -> str:
+    """Say which hosts do not reach each other, and which ranks wait for what cannot come."""
+    apart = {frozenset(pair) for pair in cut}
+    hosts = {beat.rank: beat.host for beat in beats}
+    waiting = [
+        f"rank {beat.rank} on {beat.host} waits in {beat.instruction} for rank {peer} on {hosts[peer]}"
+        for beat in beats
+        for peer in beat.peers
+        if frozenset((beat.host, hosts.get(peer, beat.host))) in apart
+    ]
+    every = set.intersection(*map(set, apart))
+    pairs = "; ".join(f"{one} and {other} do not reach each other" for one, other in sorted(map(sorted, apart)))
+    known = set(hosts.values())
+    who = f"{every.pop()} is cut off: " if len(every) == 1 and len(known) > 2 else "the link is cut: "
+    return "\n".join([f"{head}{who}{pairs}", *waiting, *_doing(beats)])
+
+
 def _list(ranks: list[int]) -> str:
     return f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 def _doing(beats: list[Beat]) -> list[str]:
     now = time.time()
-    return [f"    rank {beat.rank}: {beat}, for {now - beat.since:.0f} s" for beat in beats]
+    several = len({beat.host for beat in beats}) > 1
+    return [
+        f"    rank {beat.rank}{f' on {beat.host}' if several else ''}: {beat}, for {now - beat.since:.0f} s"
+        for beat in beats
+    ]

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pipetutor.processes.supervise import end_with
+from pipetutor.processes.children import end_with
 
 __all__ = ["forked", "meet"]
 

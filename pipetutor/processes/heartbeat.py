@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ class Beat:
         peers: the ranks that the instruction cannot end without.
         progress: grows with every step that this rank completes, and with what else takes it onward.
         since: when it began, in seconds of the system's clock.
+        host: the name of the host that the rank is on.
+        pid: its process there.
     """
 
     rank: int
@@ -53,6 +56,8 @@ class Beat:
     peers: Sequence[int] = field(default_factory=list)
     progress: int = 0
     since: float = 0.0
+    host: str = ""
+    pid: int = 0
 
     def __str__(self) -> str:
         where = f"in step {self.step}" if self.phase == "training" else f"{self.phase} after step {self.step}"
@@ -67,7 +72,7 @@ class Heartbeat(Observer):
     """Writes what this rank is doing; without a run directory it keeps silent."""
 
     def __init__(self, directory: Path | None, rank: int):
-        self.beat = Beat(rank)
+        self.beat, self._place = Beat(rank), {"host": socket.gethostname(), "pid": os.getpid()}
         self._file, self._width = -1, 0
         if directory:
             self._file = os.open(
@@ -92,7 +97,7 @@ class Heartbeat(Observer):
 
     def _write(self) -> None:
         if self._file >= 0:
-            text = json.dumps(vars(self.beat) | {"since": time.time()}, allow_nan=False)
+            text = json.dumps(vars(self.beat) | self._place | {"since": time.time()}, allow_nan=False)
             line = f'{text[:-1]}, "sum": {zlib.crc32(text.encode())}}}'
             self._width = max(self._width, len(line))  # blanks cover what is left of a longer one
             os.pwrite(self._file, line.ljust(self._width).encode(), 0)

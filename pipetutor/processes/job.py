@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetutor.core import records
-from pipetutor.processes.supervise import Process
+from pipetutor.processes.children import Process
 from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import machine
 

@@ -17,18 +17,16 @@ supervisor sees to the end of all of them:
 One JSON object on standard output is its report. Standard library and psutil only.
 """
 
-import ctypes
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,68 +34,15 @@ import psutil
 
 from pipetutor.core import records
 from pipetutor.processes import heartbeat
+from pipetutor.processes.children import INPUT, Attention, Process, adopt_orphans, kill_descendants, start
+from pipetutor.processes.network import Network
 from pipetutor.system import cgroups
+from pipetutor.system.links import Link
 
-__all__ = ["Process", "adopt_orphans", "descendants", "end_when_asked", "end_with", "kill_descendants", "reap"]
+__all__ = ["end_when_asked", "supervise"]
 
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
-INPUT = 0  # the pipe from who wants the run
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class Process:
-    """What is to be started.
-
-    Attributes:
-        command: its words.
-        environment: the whole of it.
-        log: the file in the run's ``logs`` that gets what it prints.
-    """
-
-    command: list[str]
-    environment: dict[str, str]
-    log: str
-
-
-def descendants() -> list[psutil.Process]:
-    """Return every process that this one is responsible for."""
-    return psutil.Process().children(recursive=True)
-
-
-def kill_descendants() -> None:
-    """Kill until none is left; a process may start another while it is being killed."""
-    while alive := descendants():
-        for process in alive:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        reap()
-        select.select([], [], [], 0.01)
-
-
-def reap() -> None:
-    """Collect ended children, adopted ones too, so that they do not stay as zombies."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
-
-
-def adopt_orphans() -> None:
-    """Become the parent of every process below this one that loses its own."""
-    _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def end_with(parent: int) -> None:
-    """Have the system kill this process when its parent, of this id, is gone."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone already
-        os._exit(1)
 
 
 def end_when_asked(record: Path | None) -> None:
@@ -134,7 +79,7 @@ class Progress:
     """
 
     def __init__(self, directory: Path, ranks: int, deadline: float):
-        self._directory, self._ranks, self._deadline = directory, ranks, deadline
+        self._directory, self.ranks, self._deadline = directory, ranks, deadline
         self._seen, self._still, self._looked = -1, 0.0, time.monotonic()
 
     def stalled(self) -> list[heartbeat.Beat] | None:
@@ -148,75 +93,117 @@ class Progress:
         progress = sum(beat.progress for beat in beats)
         if progress != self._seen:
             self._seen, self._still = progress, 0.0
-        steps = len(beats) == self._ranks and all(beat.phase in ("training", "evaluating") for beat in beats)
+        steps = len(beats) == self.ranks and all(beat.phase in ("training", "evaluating") for beat in beats)
         deadline = self._deadline if steps else max(self._deadline, PATIENCE_SECONDS)
         return beats if self._still > deadline else None
 
 
-def _start(process: Process, directory: Path) -> subprocess.Popen[bytes]:
-    me = os.getpid()
-    with open(directory / "logs" / process.log, "wb") as log:
-        return subprocess.Popen(
-            process.command,
-            env=process.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: end_with(me),
-        )
-
-
-def _is_stopped(pid: int) -> bool:
+def _status(pid: int) -> str | None:
+    """Return the status of a process, such as ``psutil.STATUS_STOPPED``; None where it is gone."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return False
+        return None
+    return None if status == psutil.STATUS_ZOMBIE else status
+
+
+class _Started:
+    """A process that was started, and the ranks that it is or has started in turn."""
+
+    def __init__(self, process: Process, ranks: Sequence[int], child: subprocess.Popen[bytes]):
+        self._process, self._child, self.ranks = process, child, ranks
+        self._launches, self._gone = bool(process.ranks), dict[int, float]()
+
+    def pids(self, beats: Sequence[heartbeat.Beat]) -> dict[int, int]:
+        """Return the processes of those of its ranks that are on this machine."""
+        if not self._launches:
+            return {self.ranks[0]: self._child.pid}
+        return {beat.rank: beat.pid for beat in beats if beat.rank in self.ranks and self._process.host is not None}
+
+    def look(self, beats: Sequence[heartbeat.Beat]) -> None:
+        """Note which of its ranks are gone, before their launcher has noticed and ends the others."""
+        training = [beat for beat in beats if beat.phase != "finished"]
+        for rank, pid in self.pids(training).items():
+            if _status(pid) is None:
+                self._gone.setdefault(rank, time.time())
+
+    def ended(self) -> list[dict[str, Any]]:
+        """Return how its ranks have ended, if it has: a launcher ends with the code of the first that ended badly."""
+        if (code := self._child.poll()) is None:
+            return []
+        codes = dict.fromkeys(self.ranks, code)
+        if self._launches and code:
+            codes = dict.fromkeys(self.ranks, code - 256 if code > 255 - signal.NSIG else code)
+            first = min(self._gone, key=self._gone.__getitem__, default=None)
+            codes |= {rank: -signal.SIGTERM for rank in codes if first not in (None, rank)}
+        killed = self._process.host is not None and code == -signal.SIGKILL  # the host itself, not what runs on it
+        about = {"pid": self._child.pid, "log": self._process.log, "host": self._process.host, "killed": killed}
+        now = time.time()
+        return [{"rank": rank, "time": self._gone.get(rank, now), "code": codes[rank]} | about for rank in codes]
 
 
 def supervise(
-    processes: Sequence[Process], directory: Path, deadline: float, given_up: Callable[[float], bool]
+    processes: Sequence[Process],
+    directory: Path,
+    deadline: float,
+    given_up: Callable[[float], bool],
+    links: Mapping[tuple[int, int], Link],
 ) -> dict[str, Any]:
     """Run processes until they have ended, stall or are given up; then leave nothing running.
 
     Args:
-        processes: what to start: ranks, the first of them rank 0.
+        processes: what to start: ranks, the first of them rank 0, or their launchers.
         directory: the run directory, whose status is closed here.
         deadline: seconds without progress after which the run is ended; infinite for what has no heartbeats.
         given_up: waits so many seconds for the end of a process, and says whether nobody wants the run any more.
+        links: between the hosts that the processes run on, none where that is this machine; where there are some,
+            this process is alone in a network (``pipetutor.system.namespaces``).
 
     Returns:
         ``code``: 0 where every process was seen to end with it, else the code of the first that ended badly, None if
-        none did; ``cancelled``; ``ended``: the ranks in the order in which they ended, with pid, time and exit code;
-        ``deadline``; ``ranks``, the count; ``stopped``: the ranks that a signal had stopped when the run stalled;
-        ``oom_kills``: how many processes the system has killed meanwhile for want of memory, None where it does not
-        tell; and ``stalled``: every rank's last heartbeat, or None if it did not.
+        none did; ``cancelled``; ``ended``: the ranks in the order in which they ended, with time, exit code, pid, log
+        and host of what was started for them, and whether that host was ``killed``; ``deadline``; ``ranks``, the
+        count; ``stopped``: the ranks that a signal had stopped when the run stalled; ``cut``: the pairs of hosts of
+        which then the first did not reach the second; ``oom_kills``: how many processes the system has killed
+        meanwhile for want of memory, None where it does not tell; and ``stalled``: every rank's last heartbeat, or
+        None if it did not.
 
     Raises:
         OSError: one of them cannot be started.
     """
-    progress, killed = Progress(directory, len(processes), deadline), cgroups.oom_kills()
+    network = Network(links) if links else None
+    started = []
+    for place, process in enumerate(processes):
+        log = directory / "logs" / process.log
+        child = start(process, log) if process.host is None or not network else network.start(process, log)
+        started.append(_Started(process, process.ranks or [place], child))
+    ranks = sum(len(one.ranks) for one in started)
+    progress, killed = Progress(directory, ranks, deadline), cgroups.oom_kills()
     end, cancelled = float("inf"), False
     stalled: list[heartbeat.Beat] | None = None
-    running = {rank: _start(process, directory) for rank, process in enumerate(processes)}
-    ended: list[dict[str, Any]] = []
+    running, ended = list(started), list[dict[str, Any]]()
     while running and time.monotonic() < end and stalled is None and not cancelled:
         cancelled = given_up(0.1)
-        for rank, child in list(running.items()):
-            if (code := child.poll()) is not None:
-                ended.append({"rank": rank, "pid": child.pid, "time": time.time(), "code": code})
-                del running[rank]
+        beats = heartbeat.read(directory)
+        for one in list(running):
+            one.look(beats)
+            if how := one.ended():
+                ended += how
+                running.remove(one)
         failed = any(end["code"] for end in ended) or any(directory.glob("failure_rank*.json"))
         if failed and end == float("inf"):
             end = time.monotonic() + GRACE_SECONDS
         stalled = None if failed else progress.stalled()
-    stopped = []
+    stopped, cut = [], []
     if stalled is not None:
-        stopped = [rank for rank, child in running.items() if _is_stopped(child.pid)]
+        pids = {rank: pid for one in running for rank, pid in one.pids(stalled).items()}
+        stopped = sorted(rank for rank, pid in pids.items() if _status(pid) == psutil.STATUS_STOPPED)
         beating = {beat.rank for beat in stalled}
-        heartbeat.ask_for_stacks(directory, {rank: child.pid for rank, child in running.items() if rank in beating})
+        heartbeat.ask_for_stacks(directory, {rank: pid for rank, pid in pids.items() if rank in beating})
+        cut = network.cut() if network else []
     kill_descendants()
     bad = next((end["code"] for end in ended if end["code"]), None)
-    code = 0 if len(ended) == len(processes) and bad is None else bad
+    code = 0 if not running and bad is None else bad
     if records.read(directory).get("status") != "finished" or code != 0:
         records.close(directory, "interrupted" if cancelled else "failed")
     more = cgroups.oom_kills()
@@ -225,29 +212,12 @@ def supervise(
         "cancelled": cancelled,
         "ended": ended,
         "deadline": deadline,
-        "ranks": len(processes),
+        "ranks": ranks,
         "stopped": stopped,
+        "cut": cut,
         "oom_kills": None if more is None or killed is None else more - killed,
         "stalled": None if stalled is None else [asdict(beat) for beat in stalled],
     }
-
-
-class Attention:
-    """What this process waits for: that a child ends, that its parent gives the run up, or a signal to end."""
-
-    def __init__(self, parent: int):
-        self._parent = parent
-        self._signals, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)  # its number goes into the pipe
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def given_up(self, seconds: float) -> bool:
-        """Wait so long at most, and say whether the run is given up."""
-        readable, _, _ = select.select([INPUT, self._signals], [], [], seconds)
-        numbers = os.read(self._signals, 4096) if self._signals in readable else b""
-        asked = any(number != signal.SIGCHLD for number in numbers)
-        return asked or INPUT in readable or os.getppid() != self._parent
 
 
 def main() -> None:
@@ -260,7 +230,8 @@ def main() -> None:
             asked = json.loads(told.readline())
         processes = [Process(**process) for process in asked["processes"]]
         deadline = float("inf") if asked["deadline"] is None else asked["deadline"]  # JSON has null for infinity
-        report = supervise(processes, directory, deadline, attention.given_up)
+        links = {(one, other): Link.parse(link) for one, other, link in asked["links"]}
+        report = supervise(processes, directory, deadline, attention.given_up, links)
     except BaseException as error:
         kill_descendants()  # whatever it was, no rank stays
         report = {"error": "".join(traceback.format_exception_only(error)).strip()}

@@ -11,7 +11,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -19,8 +19,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from pipetutor.core import records
-from pipetutor.processes.supervise import Process
-from pipetutor.system import machine
+from pipetutor.processes.children import Process
+from pipetutor.system import machine, namespaces
+from pipetutor.system.links import Link
 
 __all__ = ["RunFailed", "watch"]
 
@@ -48,6 +49,7 @@ def watch(
     total: int,
     unit: str,
     describe: Callable[[dict[str, Any]], str],
+    links: Mapping[tuple[int, int], Link] | None = None,
 ) -> dict[str, Any]:
     """Run processes under the supervisor, with a bar that moves on with each line they add to a file.
 
@@ -59,6 +61,7 @@ def watch(
         total: lines to expect.
         unit: what a line stands for.
         describe: says in a few words what a line holds.
+        links: between the hosts that the processes run on; without any, that is this machine.
 
     Returns:
         The supervisor's report; see ``pipetutor.processes.supervise.supervise``.
@@ -68,9 +71,13 @@ def watch(
             the place where the interrupt came.
         RunFailed: a process could not be started, or the supervisor is gone or does not end.
     """
-    asked = {"processes": [asdict(process) for process in processes], "deadline": deadline}
+    asked = {
+        "processes": [asdict(process) for process in processes],
+        "deadline": deadline,
+        "links": [(*pair, str(link)) for pair, link in (links or {}).items()],
+    }
     supervisor = subprocess.Popen(
-        [*machine.PYTHON, "-c", SUPERVISOR, str(directory), str(os.getpid())],
+        [*(namespaces.alone() if links else ()), *machine.PYTHON, "-c", SUPERVISOR, str(directory), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

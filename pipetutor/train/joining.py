@@ -23,6 +23,7 @@ from pipetutor.options import PROFILE, Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.environment import free_port
 from pipetutor.processes.heartbeat import Heartbeat
+from pipetutor.processes.host import hosts_made
 from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
@@ -45,7 +46,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     options = Options.from_command_line(args, ranks)
     with _one_by_one(options):
         about = describe_here(options.model, options.dataset, options.data_dir)
-    plan = preflight(options, World(ranks, here, gpus(here)), about)
+    plan = preflight(options, World(ranks, here, gpus(here), hosts_made()), about)
     # The files of a host are those of all its ranks: its first rank looks.
     if plan.options.weights and os.environ.get("LOCAL_RANK", "0") == "0":
         check_weights(plan.options.model, plan.options.weights)

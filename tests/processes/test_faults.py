@@ -14,7 +14,7 @@ from conftest import HANGS, SMALL_SGD, RankFailed, processes_of, train
 from pipetutor import RunFailed, launch
 from pipetutor.core import records
 from pipetutor.processes.diagnosis import diagnose
-from pipetutor.processes.faults import KINDS, Fault
+from pipetutor.processes.faults import KINDS, OF_HOSTS, Fault
 from pipetutor.processes.heartbeat import Beat, Heartbeat, ask_for_stacks, culprits, read
 from pipetutor.processes.supervise import Progress
 from pipetutor.schedule.orders import Instruction
@@ -263,7 +263,7 @@ def test_the_systems_out_of_memory_killer_is_named_for_certain(runs, little_memo
         from pathlib import Path
         from pipetutor.core import records
         from pipetutor.processes.diagnosis import diagnose
-        from pipetutor.processes.supervise import Process
+        from pipetutor.processes.children import Process
         from pipetutor.processes.watch import watch
 
         directory = records.create(Path(sys.argv[1]), "hungry")
@@ -370,12 +370,13 @@ def test_a_fault_that_the_run_has_no_place_for_is_refused(fault, stages, words):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_before_the_step_from_which_a_run_goes_on_is_refused(kind):
-    fault = Fault.parse(f"{kind}:rank=0,step=4")
-    fault.check(ranks=2, stages=2, steps=6, done=3)
-    with pytest.raises(ValueError, match=r"has the ranks 0 to 1 and the steps 5 to 6, for it resumes after step 4$"):
-        fault.check(ranks=2, stages=2, steps=6, done=4)
+    who = "host" if kind in OF_HOSTS else "rank"
+    fault = Fault.parse(f"{kind}:{who}=0,step=4")
+    fault.check(ranks=2, stages=2, steps=6, done=3, hosts=2)
+    with pytest.raises(ValueError, match=r"has the \w+ 0 to 1 and the steps 5 to 6, for it resumes after step 4$"):
+        fault.check(ranks=2, stages=2, steps=6, done=4, hosts=2)
     with pytest.raises(ValueError, match=r"no step left to do, for it resumes after step 4$"):
-        fault.check(ranks=2, stages=2, steps=4, done=4)
+        fault.check(ranks=2, stages=2, steps=4, done=4, hosts=2)
 
 
 def test_a_fault_can_be_read_back():

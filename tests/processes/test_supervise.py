@@ -15,8 +15,8 @@ import pytest
 from conftest import HANGS, processes_of, wait_until
 
 from pipetutor.core import records
+from pipetutor.processes.children import Process
 from pipetutor.processes.diagnosis import diagnose
-from pipetutor.processes.supervise import Process
 from pipetutor.processes.watch import RunFailed, watch
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -116,7 +116,7 @@ def test_a_child_that_the_kernel_forks_meanwhile_keeps_no_rank_alive(runs, end):
         import os, sys, threading, time
         from pathlib import Path
         from pipetutor.core import records
-        from pipetutor.processes.supervise import Process
+        from pipetutor.processes.children import Process
         from pipetutor.processes.watch import watch
         directory = records.create(Path({str(runs)!r}), "watched")
         (directory / "logs").mkdir()
