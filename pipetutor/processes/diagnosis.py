@@ -165,7 +165,7 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     head = f"no step was completed in {report['deadline']:g} s: "
     if absent := set(range(report["ranks"])) - {beat.rank for beat in beats}:
         return "\n".join([f"{head}rank {min(absent)} did not start", *_doing(beats)])
-    if report["cut"]:
+    if report.get("cut"):
         return _cut_off(beats, report["cut"], head)
     if report["stopped"]:
         who = f"rank {report['stopped'][0]} is stopped, by a SIGSTOP or a debugger; SIGCONT lets a process go on"
