@@ -1,7 +1,7 @@
-"""A card, such as of a cluster or of a model, as a line of text: ``name``, ``name:key=value,...`` or ``key=value,...``.
+"""A card, of a cluster or of a model, as a line of text: ``name``, ``name:key=value,...`` or ``key=value,...``.
 
-    hosts=2,devices=8,memory=80GB,flops=312T,inside=300GB/s,between=25GB/s+5us
-    dgx-a100:hosts=48
+hosts=2,devices=8,memory=80GB,flops=312T,inside=300GB/s,between=25GB/s+5us
+dgx-a100:hosts=48
 """
 
 import re
@@ -68,7 +68,11 @@ def whole_number(text: str) -> int:
 
 
 def read(
-    text: str, what: str, known: Mapping[str, Mapping[str, Any]], keys: Mapping[str, Callable[[str], Any]], example: str
+    text: str,
+    what: str,
+    known: Mapping[str, Mapping[str, Any]],
+    keys: Mapping[str, Callable[[str], Any]],
+    example: str,
 ) -> tuple[str, dict[str, Any]]:
     """Read a card.
 
