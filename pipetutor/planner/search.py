@@ -130,7 +130,7 @@ def search(
         return tuple(getattr(layout, name) for name in each)
 
     limit = problem.cluster.memory
-    fitting: list[tuple[float, int, Layout]] = []
+    fitting: list[tuple[float, float, int, Layout]] = []
     least: dict[tuple[object, ...], Misfit] = {}
     without: set[Layout] = set()
     count = 0
@@ -139,13 +139,13 @@ def search(
             continue
         needed = problem.memory(layout)
         if needed <= limit:
-            fitting.append((bound(problem, layout), count, layout))
+            fitting.append((bound(problem, layout), needed, count, layout))
             without.add(layout)
         elif key(layout) not in least or needed < least[key(layout)].memory:
             least[key(layout)] = Misfit(layout, needed)
     best: dict[tuple[object, ...], Choice] = {}
     played, enough = 0, math.inf
-    for seconds, _, layout in sorted(fitting):
+    for seconds, _, _, layout in sorted(fitting):
         if seconds >= enough:
             break
         alike = best.get(key(layout))
@@ -157,7 +157,7 @@ def search(
             best[key(layout)] = choice
             ranked = sorted(one.seconds for one in best.values())
             enough = ranked[top - 1] if len(ranked) >= top else math.inf
-    fit = {key(layout) for _, _, layout in fitting}
+    fit = {key(layout) for *_, layout in fitting}
     misfits = [misfit for alike, misfit in least.items() if alike not in fit]
     choices = sorted(best.values(), key=_rank)[:top]
     return Found(choices, sorted(misfits, key=lambda one: one.memory), count, played)
