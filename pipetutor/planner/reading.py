@@ -13,7 +13,7 @@ from pipetutor.system.kinds import check, closest, shown
 __all__ = ["quantity", "read", "whole_number"]
 
 PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+SECONDS = {"us": 1e6, "ms": 1e3, "s": 1.0}  # so many are one
 NUMBER = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
 
 
@@ -47,7 +47,7 @@ def quantity(text: str, unit: str) -> float:
     number, *rest = found.groups()
     value = float(number)
     if unit == "s":
-        return value * SECONDS[rest[0].lower()]
+        return value / SECONDS[rest[0].lower()]
     if unit == "":
         return value
     prefix = rest[0].lower()
