@@ -7,6 +7,7 @@ from typing import Any
 
 from pipetutor.planner.cluster import Cluster
 from pipetutor.schedule.orders import Instruction, build
+from pipetutor.system.kinds import counted
 
 __all__ = ["PARTS", "Choice", "Layout", "Placement"]
 
@@ -59,9 +60,10 @@ class Layout:
     def __str__(self) -> str:
         order = self.schedule + (f" of {self.chunks} chunks" if self.chunks > 1 else "")
         tensor = f" x {self.tensor} (tensor)" if self.tensor > 1 else ""
-        rest = [f"{self.micro_batches} micro-batches of {self.micro_batch}", order]
+        rest = [f"{counted(self.micro_batches, 'micro-batch')} of {self.micro_batch}", order]
         rest += ["recomputing"] * self.recompute + [f"ZeRO-{self.zero_stage}"] * bool(self.zero_stage)
-        return f"{self.stages} stages x {self.replicas} replicas{tensor}, {', '.join(rest)}"
+        grid = f"{counted(self.stages, 'stage')} x {counted(self.replicas, 'replica')}{tensor}"
+        return ", ".join([grid, *rest])
 
 
 @dataclass(frozen=True)

@@ -25,29 +25,31 @@ from pipetutor.system.gpus import Gpus
 MODEL = "layers=13,width=64,heads=4,sequence=32,vocabulary=500"
 LINKS = "flops=1T,inside=1GB/s+5us,between=100MB/s+50us,memory_bandwidth=10GB/s"
 CASES = [  # replicas of a stage on one host, on two, and across: the hosts hold 4 or 3 ranks
-    (f"hosts=2,devices=4,memory=1GB,{LINKS}", 32, 1),
-    (f"hosts=3,devices=4,memory=8MB,{LINKS}", 24, 1),
-    (f"hosts=4,devices=3,memory=6MB,{LINKS}", 48, 1),
-    (f"hosts=6,devices=2,memory=3MB,{LINKS}", 24, 2),
+    (f"hosts=2,devices=4,memory=1GB,{LINKS}", 16, 1),
+    (f"hosts=3,devices=4,memory=8MB,{LINKS}", 12, 1),
+    (f"hosts=4,devices=3,memory=2.6MB,{LINKS}", 24, 1),
+    (f"hosts=6,devices=2,memory=2MB,{LINKS}", 12, 2),
 ]
 
 
-@pytest.mark.parametrize("each", [("stages",), ("stages", "schedule"), ("zero_stage", "recompute", "micro_batch")])
 @pytest.mark.parametrize("cluster, batch, tensor", CASES)
-def test_nothing_is_lost_by_not_playing_all(cluster, batch, tensor, each):
+def test_nothing_is_lost_by_not_playing_all(cluster, batch, tensor):
     problem = problem_of(MODEL, cluster, batch, tensor=tensor)
-    best, least = {}, {}
-    for layout in problem.layouts():
-        key, choice = tuple(getattr(layout, name) for name in each), judge(problem, layout)
-        if choice.memory <= problem.cluster.memory:
-            best[key] = min(best.get(key, math.inf), choice.seconds)
-        else:
-            least[key] = min(least.get(key, math.inf), choice.memory)
-    found = search.search(problem, 5, each)
-    assert [choice.seconds for choice in found.choices] == pytest.approx(sorted(best.values())[:5])
-    wanted = sorted(size for key, size in least.items() if key not in best)
-    assert [misfit.memory for misfit in found.misfits] == pytest.approx(wanted)
-    assert found.layouts > 3 * found.played or len(each) > 1
+    played = [judge(problem, layout) for layout in problem.layouts()]
+    for each in (("stages",), ("stages", "schedule"), ("zero_stage", "recompute", "micro_batch")):
+        best, least = {}, {}
+        for choice in played:
+            key = tuple(getattr(choice.layout, name) for name in each)
+            if choice.memory <= problem.cluster.memory:
+                best[key] = min(best.get(key, math.inf), choice.seconds)
+            else:
+                least[key] = min(least.get(key, math.inf), choice.memory)
+        found = search.search(problem, 5, each)
+        assert [choice.seconds for choice in found.choices] == pytest.approx(sorted(best.values())[:5])
+        wanted = sorted(size for key, size in least.items() if key not in best)
+        assert [misfit.memory for misfit in found.misfits] == pytest.approx(wanted)
+        assert found.layouts == len(played) and 0 < found.played < len(played) / 2
+        print(f"{each}: {found.played} of {found.layouts} played, {len(best)} kinds fit, {len(wanted)} do not")
 
 
 def test_replicas_that_cross_links_apart_are_all_played():
@@ -60,7 +62,7 @@ def test_replicas_that_cross_links_apart_are_all_played():
 
 
 def test_plans_are_a_table_that_says_why_the_next_one_loses():
-    plans = plan("gpt2-xl", "dgx-a100:hosts=1,memory=15GB", 64)
+    plans = plan("gpt2-xl", "dgx-a100:hosts=1,memory=9GB", 64)
     title, head, *rows = str(plans).splitlines()
     assert "gpt2-xl on 8 devices, global batch 64" in title and "loses to the one above by" in head
     assert len(rows) == len(plans.choices) + len(plans.misfits) == 4
@@ -69,18 +71,18 @@ def test_plans_are_a_table_that_says_why_the_next_one_loses():
         more = {part: choice.parts[part] - before.parts[part] for part in choice.parts}
         assert max(more, key=more.get) in plans.reason(place) and plans.reason(place) in rows[place]
         assert sum(more.values()) == pytest.approx(choice.seconds - before.seconds)
-    assert rows[-1].startswith("does not fit: ") and rows[-1].endswith(" of 15")
+    assert rows[-1].startswith("does not fit: ") and rows[-1].endswith(" of 9")
     assert plans.reason(0) == "" and plans.best is plans.choices[0]
 
 
 def test_512_stages_and_thousands_of_devices_take_seconds():
     began = time.monotonic()
     deep = "layers=1024,width=12288,heads=96,sequence=2048,vocabulary=51200"
-    plans = plan(deep, "dgx-a100:hosts=512", 1024, tensor=8)
+    plans = plan(deep, "dgx-a100:hosts=512", 512, tensor=8)
     seconds = time.monotonic() - began
     print(f"{seconds:.1f} s\n{plans}")
     assert 512 in [choice.layout.stages for choice in plans.choices]
-    assert len(plans.choices[-1].bounds) == 513 and seconds < 30
+    assert {len(one.bounds) for one in plans.choices} == {1025} and seconds < 30
 
 
 def measured():
@@ -133,10 +135,10 @@ def test_a_choice_is_what_launch_takes():
     "asked, words",
     [
         ({"model": "gpt4"}, "unknown model 'gpt4'"),
-        ({"cluster": "hosts=1,devices=2,memory=4GB"}, "does not fit: the nearest is 2 stages x 1 replicas"),
+        ({"cluster": "hosts=1,devices=2,memory=4GB"}, "does not fit: the nearest is 2 stages x 1 replica,"),
         ({"cluster": "hosts=1,devices=2,memory=80GB,flops=1T"}, "cluster: inside is not given"),
         ({"global_batch": 0}, "global_batch is 0"),
-        ({"global_batch": 7}, "no layout of gpt2-xl has 8 devices and a global batch of 7"),
+        ({"global_batch": 7, "cluster": "dgx-a100"}, "no layout of gpt2-xl has 3072 devices and a global batch of 7"),
         ({"tensor": 3}, "tensor is 3, but the 8 devices of a host"),
         ({"tensor": 2}, "gpt2-xl has 25 heads to share out"),
         ({"schedules": ["1f2b"]}, "each item one of naive, gpipe, 1f1b"),
