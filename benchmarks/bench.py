@@ -19,9 +19,9 @@ from pipetutor.core import records
 from pipetutor.core.partition import bounds_for, catalog
 from pipetutor.costs import profile
 from pipetutor.data import fetch
-from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.describe import describe
 from pipetutor.processes.entry import command
 from pipetutor.processes.job import run_job
 from pipetutor.system import machine

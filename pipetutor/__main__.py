@@ -7,16 +7,18 @@ COMMANDS = {
     "train": "what each rank of a run does: deepspeed --num_gpus 2 --module pipetutor.train",
     "certify": "does the pipeline compute what one process computes?",
     "costs": "what does each layer cost on this machine?",
+    "plan": "which stages, replicas, micro-batches and schedule are best on a cluster?",
     "weights": "write a checkpoint's weights as a torchvision state_dict",
 }
+MODULES = {"plan": "planner"}  # of commands that are not called as theirs
 
 
 def main() -> None:
-    """Run a command as ``python -m pipetutor.COMMAND`` does; without a known one, list them."""
+    """Run a command as ``python -m pipetutor.MODULE`` does; without a known one, list them."""
     asked = sys.argv[1] if len(sys.argv) > 1 else ""
     if asked in COMMANDS:
         del sys.argv[1]
-        runpy.run_module(f"pipetutor.{asked}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"pipetutor.{MODULES.get(asked, asked)}", run_name="__main__", alter_sys=True)
         return
     helps = asked in ("-h", "--help")
     stream = sys.stdout if helps else sys.stderr

@@ -10,9 +10,9 @@ from pipetutor.core.batch import explain
 from pipetutor.core.partition import catalog
 from pipetutor.core.records import Run
 from pipetutor.data import fetch
-from pipetutor.describe import describe
 from pipetutor.options import PROFILE, Options, takes_options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.describe import describe
 from pipetutor.processes.diagnosis import diagnose
 from pipetutor.processes.entry import briefly
 from pipetutor.processes.launchers import deepspeed, on_hosts, on_this_machine

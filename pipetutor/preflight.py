@@ -64,7 +64,7 @@ def preflight(options: Options, world: World, about: Description) -> Plan:
     Raises:
         ValueError: what was given, what is needed, and a value that would work.
 
-    >>> from pipetutor.describe import describe
+    >>> from pipetutor.processes.describe import describe
     >>> preflight(Options(stages=2), World(2, 2, Gpus(0)), describe("alexnet", "synthetic")).bounds
     [0, 19, 22]
     """

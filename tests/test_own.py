@@ -9,7 +9,7 @@ from torch import nn
 
 from pipetutor import launch
 from pipetutor.costs import measure
-from pipetutor.describe import describe, describe_here
+from pipetutor.processes.describe import describe, describe_here
 from pipetutor.weights import export
 
 MODULE = """

@@ -26,9 +26,9 @@ from pipetutor.core.config import read_config
 from pipetutor.core.description import DATASETS
 from pipetutor.costs import measuring as costs
 from pipetutor.data import fetch
-from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.describe import describe
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
 from pipetutor.system.kinds import shown

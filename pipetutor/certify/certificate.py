@@ -18,7 +18,7 @@ from typing import Any
 from pipetutor.core import records
 from pipetutor.core.partition import check_stages
 from pipetutor.data import fetch
-from pipetutor.describe import describe
+from pipetutor.processes.describe import describe
 from pipetutor.processes.entry import briefly, command
 from pipetutor.processes.environment import cpu_environment
 from pipetutor.processes.job import run_job

@@ -1,7 +1,7 @@
 """What is known of a model and a data set ahead of any rank: the layers to cut, the examples to share. No torch.
 
 For names of ours that stands in tables and closed forms. A model or a data set of one's own is code, which has to
-run: ``pipetutor.describe`` does so in a process of its own.
+run: ``pipetutor.processes.describe`` does so in a process of its own.
 """
 
 from collections.abc import Sequence

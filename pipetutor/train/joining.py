@@ -18,9 +18,9 @@ from pipetutor.core import checkpoint, records
 from pipetutor.core.plan import Plan
 from pipetutor.costs import profile
 from pipetutor.data import fetch
-from pipetutor.describe import describe_here
 from pipetutor.options import PROFILE, Options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.describe import describe_here
 from pipetutor.processes.environment import free_port
 from pipetutor.processes.heartbeat import Heartbeat
 from pipetutor.processes.host import hosts_made

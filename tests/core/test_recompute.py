@@ -9,9 +9,9 @@ from pipetutor.core.deepspeed_engines import Pipeline
 from pipetutor.core.layers import build
 from pipetutor.core.model import Model
 from pipetutor.core.torch_engine import TorchPipeline
-from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.describe import describe
 from pipetutor.system.gpus import Gpus
 
 STEPS, MICRO_BATCHES, IMAGE, BOUNDS = 2, 2, (3, 64, 64), [0, 6, 19]

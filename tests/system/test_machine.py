@@ -13,10 +13,10 @@ import pytest
 from conftest import HANGS, SMALL
 
 from pipetutor import launch
-from pipetutor.describe import describe
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes import environment
+from pipetutor.processes.describe import describe
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus, gpus
 

@@ -39,7 +39,9 @@ def describe(model: str, dataset: str, data_dir: str | Path = fetch.DATA_DIR) ->
     asked = {"model": model, "dataset": dataset, "data_dir": str(data_dir)}
     with tempfile.TemporaryDirectory(prefix="pipetutor-describe-") as directory:
         env = cpu_environment(1)
-        (row,) = run_job("pipetutor.describe", Path(directory), asked, env, 1, "models", lambda row: row["brief"])
+        (row,) = run_job(
+            "pipetutor.processes.describe", Path(directory), asked, env, 1, "models", lambda row: row["brief"]
+        )
     if "refusal" in row:
         raise ValueError(row["refusal"])
     return Description([Layer(*layer) for layer in row["layers"]], Data(**row["data"]))
