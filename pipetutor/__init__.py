@@ -10,6 +10,7 @@ import os
 import sys
 
 from pipetutor.processes.environment import prepare_rank
+from pipetutor.processes.starters import is_rank, take_over
 
 if not __debug__:
     raise ImportError(
@@ -18,7 +19,9 @@ if not __debug__:
     )
 # Where threads are bound to cores, the first thread of each process, and so of each rank, is bound to the same core.
 os.environ["OMP_PROC_BIND"] = "false"
-# A rank: DeepSpeed's launcher started this process. A notebook that runs below torchrun has a LOCAL_RANK alone.
+# A rank: a launcher started this process. A notebook that runs below torchrun has a LOCAL_RANK alone.
+if is_rank(sys.orig_argv):
+    take_over(os.environ)
 if "LOCAL_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
     prepare_rank(os.environ, sys.argv)
 

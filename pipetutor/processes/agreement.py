@@ -6,7 +6,10 @@ Ranks may stand on several hosts, whose files, devices and networks differ, and 
     every other rank <--one answer: the plan, or all refusals---------- rank 0
 
 The first rank listens where torch's ranks will meet, at MASTER_ADDR:MASTER_PORT, and has torch's store serve there
-before it answers, so all this costs a round trip. Standard library, but for that store.
+before it answers, so all this costs a round trip.
+
+Where they are on several machines, they also learn here by which network interface they reach each other, and gloo
+takes that one. By itself it would listen at the address of its host's name, which Debian makes 127.0.1.1 everywhere.
 """
 
 import contextlib
@@ -21,6 +24,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipetutor.core.batch import Batch
 from pipetutor.core.description import Data
@@ -51,7 +56,6 @@ class Word:
         refusal: why it cannot run; empty where it can.
         backend: ``nccl`` or ``gloo``, as its host would choose.
         common: what must be the same on every rank that has it.
-        lonely: why ranks on other machines would not reach it; empty where they would.
     """
 
     rank: int
@@ -61,7 +65,6 @@ class Word:
     refusal: str
     backend: str
     common: dict[str, Any]
-    lonely: str
 
 
 def agree(plan: Plan | None, refusal: str, common: dict[str, Any], timeout: timedelta) -> tuple[Plan, Any]:
@@ -87,11 +90,10 @@ def agree(plan: Plan | None, refusal: str, common: dict[str, Any], timeout: time
         refusal=refusal,
         backend=plan.backend if plan else "",
         common=json.loads(json.dumps(common, default=str, allow_nan=False)),  # as they will arrive
-        lonely=_lonely() if plan and plan.backend == "gloo" and _several_hosts() else "",
     )
     store = None
     if os.environ["WORLD_SIZE"] == "1":
-        answer = _answer([word], plan, [])
+        answer = _answer([word], plan, []) | {"interface": ""}
     elif word.rank == 0:
         answer, store = _hear(word, plan, timeout)
     else:
@@ -102,6 +104,8 @@ def agree(plan: Plan | None, refusal: str, common: dict[str, Any], timeout: time
             if reason != refusal:
                 others.setdefault(reason, []).append(who)
         raise Refused("\n".join(f"{', '.join(who)}: {reason}" for reason, who in others.items()))
+    if interface := answer["interface"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     first = answer["plan"]
     assert plan
     about = {
@@ -117,29 +121,11 @@ def _several_hosts() -> bool:
     return int(os.environ["LOCAL_SIZE"]) < int(os.environ["WORLD_SIZE"])
 
 
-def _lonely() -> str:
-    """Say why gloo would send ranks of other machines that look for this one astray; empty where it would not.
-
-    Unless it is given an interface, gloo listens at the first address of the host's name that the host has, and else
-    at the loopback address. Debian gives a host's name the address 127.0.1.1.
-    """
-    if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return ""
-    host, address = socket.gethostname(), "127.0.0.1"
-    with contextlib.suppress(OSError):  # an unknown name has no addresses
-        for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-            with contextlib.suppress(OSError), socket.socket(family) as probe:
-                probe.bind(place)
-                address = str(place[0])
-                break
-    if not _is_loopback(address):
-        return ""
-    interfaces = ", ".join(name for _, name in socket.if_nameindex() if name != "lo")
-    return (
-        f"ranks on other hosts would look for it at {address}, which is what {host} means on {host}, and find "
-        "themselves: on every host, set GLOO_SOCKET_IFNAME to the network interface by which the others reach it "
-        f"(here {interfaces or 'none'})"
-    )
+def _interface(connection: socket.socket) -> str:
+    """Return the network interface of this host over which a connection goes; empty where it cannot be known."""
+    own = connection.getsockname()[0].removeprefix("::ffff:")  # how IPv4 looks to a socket for both
+    found = psutil.net_if_addrs().items()
+    return next((name for name, places in found if own in (place.address.partition("%")[0] for place in places)), "")
 
 
 def _is_loopback(address: str) -> bool:
@@ -156,9 +142,12 @@ def _meeting_place() -> tuple[str, int, str]:
     except OSError as error:
         raise Refused(
             f"the first rank should be at {name}, and this host does not know where that is ({error.strerror}): give "
-            "--master_addr an address, or a name that every host knows"
+            "--master_addr (for srun, MASTER_ADDR in the environment) an address, or a name that every host knows"
         ) from None
-    own = f"; {address} is each host itself: give --master_addr the address by which others reach the first host"
+    own = (
+        f"; {address} is each host itself: give --master_addr (for srun, MASTER_ADDR in the environment) the address "
+        "by which others reach the first host"
+    )
     return name, port, own if _is_loopback(address) else ""
 
 
@@ -171,7 +160,10 @@ def _listen(port: int) -> socket.socket:
         taken = error.errno == errno.EADDRINUSE
         reason = "is taken, maybe by another run" if taken else f"cannot be had ({error.strerror})"
         other = port + 1 if 1024 <= port < 65535 else 29501
-        raise Refused(f"port {port} {reason}: take another one (deepspeed --master_port {other})") from None
+        raise Refused(
+            f"port {port} {reason}: take another one (--master_port {other}; for srun, MASTER_PORT={other} in the "
+            "environment)"
+        ) from None
 
 
 def _hear(mine: Word, plan: Plan | None, timeout: timedelta) -> tuple[dict[str, Any], Any]:
@@ -180,7 +172,7 @@ def _hear(mine: Word, plan: Plan | None, timeout: timedelta) -> tuple[dict[str, 
 
     name, port, advice = _meeting_place()
     ranks, quiet = int(os.environ["WORLD_SIZE"]), QUIET_SECONDS if _several_hosts() else float("inf")
-    words, waiting = [mine], []
+    words, waiting, interface = [mine], [], ""
     began = time.monotonic()
     end = began + (PATIENCE_SECONDS if mine.refusal else timeout.total_seconds())
     with _listen(port) as listener, contextlib.ExitStack() as connections:
@@ -198,11 +190,13 @@ def _hear(mine: Word, plan: Plan | None, timeout: timedelta) -> tuple[dict[str, 
                 connection.sendall(TAKEN)
                 words.append(word)
                 waiting.append(connection)
+                if word.machine != mine.machine:
+                    interface = _interface(connection)
                 if word.refusal:
                     end = min(end, time.monotonic() + PATIENCE_SECONDS)
             else:
                 connection.close()
-        answer = _answer(words, plan, absent)
+        answer = _answer(words, plan, absent) | {"machine": mine.machine, "interface": interface}
         listener.close()
         store = None
         if not answer["refusals"]:
@@ -255,7 +249,7 @@ def _misfit(word: Word, words: Sequence[Word]) -> str:
             given = f"{name} is {value} here and {wanted} at the first rank"
             brief = given if len(given) < 120 else f"{name} is not what it is at the first rank"
             return f"{brief}: all hosts need the same command, files and versions"
-    return word.lonely if len({other.machine for other in words}) > 1 else ""
+    return ""
 
 
 def _ask(mine: Word, timeout: timedelta) -> dict[str, Any]:
@@ -269,7 +263,9 @@ def _ask(mine: Word, timeout: timedelta) -> dict[str, Any]:
             with socket.create_connection((name, port), timeout=5) as connection:
                 if _takes(connection, mine):
                     connection.settimeout(patience)
-                    return _read_answer(connection)
+                    answer = _read_answer(connection)
+                    other = answer["machine"] != mine.machine
+                    return answer | {"interface": _interface(connection)} if other else answer
             problem = "something else answers there"
             patience = max(waited, min(patience, PATIENCE_SECONDS))
         except OSError as error:

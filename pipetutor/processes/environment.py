@@ -1,7 +1,8 @@
 """What a rank finds in its environment, and where the ranks of a job meet.
 
-DeepSpeed's launcher sets a rank's number and the meeting place. Huge pages, thread counts and DeepSpeed's accelerator
-are read once, when torch and DeepSpeed load, so they are set ahead of that, as soon as ``pipetutor`` is imported.
+DeepSpeed's launcher, or ``starters`` in its place, sets a rank's number and the meeting place. Huge pages, thread
+counts and DeepSpeed's accelerator are read once, when torch and DeepSpeed load, so they are set ahead of that, as
+soon as ``pipetutor`` is imported.
 """
 
 import os
@@ -86,7 +87,7 @@ def prepare_rank(env: MutableMapping[str, str], argv: Sequence[str]) -> None:
     - ``TORCHELASTIC_USE_AGENT_STORE``: set by torchrun for the ranks of its own job. Below it, no rank of this one
       would serve the store in which they meet.
     - ``GLOO_SOCKET_IFNAME``: gloo looks up the address of this host's name, which takes up to a minute where no name
-      server answers. Ranks that are all on one host meet on its loopback interface.
+      server answers. Ranks that are all on one host meet on its loopback interface; see ``agreement`` for others.
 
     Args:
         env: the rank's environment, changed in place.

@@ -24,6 +24,7 @@ from pipetutor.processes.describe import describe_here
 from pipetutor.processes.environment import free_port
 from pipetutor.processes.heartbeat import Heartbeat
 from pipetutor.processes.host import hosts_made
+from pipetutor.processes.starters import command
 from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
@@ -139,8 +140,8 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, str]:
     """
     if missing := unlaunched():  # DeepSpeed would look for MPI
         raise ValueError(
-            f"no launcher has started this rank ({missing[0]} is not set): use deepspeed --num_gpus "
-            f"{args.pipeline_parallel_size or 2} --module pipetutor.train {shlex.join(own_arguments())}"
+            f"no launcher has started this rank ({missing[0]} is not set): use "
+            f"{command(os.environ, args.pipeline_parallel_size or 2)} {shlex.join(own_arguments())}"
         )
     args.local_rank = int(os.environ["LOCAL_RANK"])
     if os.environ["WORLD_SIZE"] == "1" and args.pipeline_parallel_size > 1 and not gpus(1).count:
