@@ -4,9 +4,9 @@ For names of ours that stands in tables and closed forms. A model or a data set 
 run: ``pipetutor.processes.describe`` does so in a process of its own.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipetutor.core.gpt_sizes import gpt_sizes
 from pipetutor.core.partition import Layer, catalog
@@ -103,7 +103,9 @@ def _named(option: str, text: str, known: list[str]) -> Named:
             check(option, named.name, known)
     except ValueError as error:
         words = str(error) if str(error).startswith("unknown") else f"{option} {error}"
-        form = f"{text}:FUNCTION of your {text}.py" if Path(f"{text}.py").is_file() else FORM
+        form = (
+            f"{text}:FUNCTION of your {text}.py" if os.path.isfile(f"{text}.py") else FORM
+        )  # False, too, for a name that no file can have
         raise ValueError(f"{words}; or give a function of your own, {form}") from None
     return named
 

@@ -47,7 +47,7 @@ class Link:
             ValueError: it is none; the message has an example.
         """
         found = re.fullmatch(
-            r"\s*(?:(\d+(?:\.\d+)?)\s*([kmg]?bit)|unlimited)(?:\s+(\d+(?:\.\d+)?)\s*(us|ms|s))?\s*", text
+            r"\s*(?:(\d+(?:\.\d+)?)\s*([kmg]?bit)|unlimited)(?:\s+(\d+(?:\.\d+)?)\s*(us|ms|s))?\s*", str(text)
         )
         if not found:
             raise ValueError(
