@@ -103,9 +103,8 @@ def _named(option: str, text: str, known: list[str]) -> Named:
             check(option, named.name, known)
     except ValueError as error:
         words = str(error) if str(error).startswith("unknown") else f"{option} {error}"
-        form = (
-            f"{text}:FUNCTION of your {text}.py" if os.path.isfile(f"{text}.py") else FORM
-        )  # False, too, for a name that no file can have
+        there = os.path.isfile(f"{text}.py")  # False as well for what is too long for a name
+        form = f"{text}:FUNCTION of your {text}.py" if there else FORM
         raise ValueError(f"{words}; or give a function of your own, {form}") from None
     return named
 
