@@ -1,7 +1,8 @@
 """Networks of one's own on this machine, without root: what Linux has for that, and what stands in the way.
 
 A process in a user namespace of its own may make network namespaces, interfaces in them, and limits to those
-(user_namespaces(7), network_namespaces(7), tc-tbf(8)). Root needs no user namespace. Standard library only.
+(user_namespaces(7), network_namespaces(7), tc-tbf(8)). Root needs no user namespace of its own. Standard library
+only.
 """
 
 import os
@@ -28,6 +29,7 @@ SETTINGS = {
     "user/max_user_namespaces": ("0", "15000"),
     "user/max_net_namespaces": ("0", "15000"),
 }
+CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21
 LEAST_BURST = 128 * 1024  # bytes that may go through at once: two of the largest packets between two namespaces
 BURST_SECONDS = 0.002
 QUEUE_SECONDS = 0.1  # that a packet may wait for its turn before it is dropped
@@ -35,7 +37,13 @@ QUEUE_SECONDS = 0.1  # that a packet may wait for its turn before it is dropped
 
 def alone() -> list[str]:
     """Return the words before a command that has it run in a network of its own, and with the right to change it."""
-    return [tool("unshare"), *(() if os.geteuid() == 0 else OWN_USER), "--net"]
+    return [tool("unshare"), *(() if _may_change_networks() else OWN_USER), "--net"]
+
+
+def _may_change_networks() -> bool:
+    """Say whether this process has the rights of root that namespaces need, as root in a container may not."""
+    rights = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return all(int(rights.split()[1], 16) >> right & 1 for right in (CAP_NET_ADMIN, CAP_SYS_ADMIN))
 
 
 def tool(name: str) -> str:
