@@ -25,6 +25,7 @@ from pipetutor.processes.environment import free_port
 HANGS = 600.0  # seconds: generous, for a slow machine with other work; only what hangs takes longer
 SMALL = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2}
 SMALL_SGD = SMALL | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
+TINY = {"model": "gpt:layers=1,width=16,heads=1", "dataset": "sums", "config": SMALL_SGD}
 FAST_SGD, TWICE_AS_FAST = (SMALL | {"optimizer": {"type": "SGD", "params": {"lr": rate}}} for rate in (0.05, 0.1))
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HANGS, SMALL, processes_of, train, wait_until
+from conftest import HANGS, SMALL, TINY, processes_of, train, wait_until
 from test_launcher import deepspeed, ranks_of, script
 
 from pipetutor import Run, launch
@@ -126,3 +126,34 @@ def test_a_launch_reaches_its_first_step_in_twice_the_time_that_torch_and_deepsp
         ratios.append((told - begin - run.seconds[1]) / loading)
     print(f"\n{', '.join(f'{ratio:.2f}' for ratio in ratios)} times {loading:.1f} s")
     assert statistics.median(ratios) <= 2.0
+
+
+@pytest.mark.timeout(1800)
+def test_20_of_20_launches_with_hosts_train_and_what_is_killed_leaves_nothing(runs):
+    """Each launch is made twice: once it trains to its end, once a process of it, another each time, is killed."""
+    victims = random.Random(1138)
+    for attempt in range(20):
+        run = launch(stages=2, steps=3, hosts=2, link="100mbit", runs_dir=runs / "well", **TINY)
+        assert run.status == "finished" and len(run.losses) == 3
+        kernel = script(runs / f"ill{attempt}", f"launch(stages=2, steps=10**6, hosts=2, runs_dir=RUNS, **{TINY!r})")
+        wait_until(lambda here=runs / f"ill{attempt}": any(here.glob("*/steps.jsonl")), 100)
+        victim = victims.choice([process for process in processes_of(runs.parent) if process.is_running()])
+        print(" ".join(victim.cmdline())[-60:])
+        victim.kill()
+        kernel.communicate(timeout=HANGS)
+        wait_until(lambda: not processes_of(runs.parent), 60)
+
+
+@pytest.mark.timeout(1800)
+def test_a_class_of_20_launches_at_once(runs):
+    """One machine, one directory for runs, one for data that is not drawn yet; every other one has hosts."""
+    shared = f"runs_dir=RUNS, data_dir={str(runs / 'data')!r}, **{TINY!r}"
+    lines = [f"launch(stages=2, steps=3, hosts={1 + number % 2}, {shared})" for number in range(20)]
+    kernels = [script(runs / "class", line) for line in lines]
+    ended = [kernel.communicate(timeout=1500) + (kernel.returncode,) for kernel in kernels]
+    for line, (_, errors, code) in zip(lines, ended, strict=True):
+        assert code == 0, f"{line}: {errors[-2000:]}"
+    found = [Run.load(path) for path in (runs / "class").iterdir()]
+    assert len(found) == 20 and {run.status for run in found} == {"finished"}
+    assert len({tuple(run.losses) for run in found}) == 1, "each trained as if it had been alone"
+    assert not processes_of(runs.parent)

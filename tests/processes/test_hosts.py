@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import processes_of, wait_until
+from conftest import TINY, processes_of, wait_until
 
 from pipetutor import RunFailed, launch
 from pipetutor.core import records
@@ -24,15 +24,6 @@ from pipetutor.processes.watch import watch
 from pipetutor.system.links import parse_links
 from pipetutor.system.namespaces import LEAST_BURST, check_hosts
 
-TINY = {
-    "model": "gpt:layers=1,width=16,heads=1",
-    "dataset": "sums",
-    "config": {
-        "train_batch_size": 4,
-        "train_micro_batch_size_per_gpu": 2,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-    },
-}
 DEADLINE = 5
 # A grandchild of what runs on a host, as a rank is: the launcher does not end with its parent
 NEST = (
