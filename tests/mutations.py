@@ -382,7 +382,118 @@ AROUND = [
         "core/test_checkpoint.py::test_weights_of_something_else_are_refused",
     ),
 ]
-MUTATIONS = [*CORE, *SCHEDULE, *AROUND]
+PLANNER = [
+    Mutation(
+        "planner/bound.py",
+        "there + micro_batches * work + home + np.maximum",
+        "there + micro_batches * (work + rest) + home + np.maximum",
+        "planner/test_decoder.py::test_no_step_is_shorter_than_its_lower_bound",
+    ),
+    Mutation(
+        "planner/bound.py",
+        "np.maximum.accumulate(last - home)",
+        "(last - home)",
+        "planner/test_decoder.py::test_for_equal_stages_the_lower_bound_is_the_step",
+    ),
+    Mutation(
+        "planner/cluster.py",
+        "return 2 * (ranks - 1) * self.seconds(size / ranks)",
+        "return 2 * self.seconds(size * (ranks - 1) / ranks)",
+        "planner/test_cards.py::test_a_ring_sends_parts_from_neighbour_to_neighbour",
+    ),
+    Mutation(
+        "planner/layout.py",
+        "(stage * self.replicas + replica) // self.places",
+        "(replica * self.stages + stage) // self.places",
+        "planner/test_cards.py::test_ranks_lie_where_counting_them_out_puts_them",
+    ),
+    Mutation(
+        "planner/layout.py",
+        "self.replicas >= self.places or",
+        "self.replicas > 1 or",
+        "planner/test_cards.py::test_ranks_lie_where_counting_them_out_puts_them",
+    ),
+    Mutation(
+        "planner/decoder.py",
+        "ahead + 1), freed]",
+        "ahead), freed]",
+        "planner/test_decoder.py::test_live_activations_are_those_of_the_simulator",
+    ),
+    Mutation(
+        "planner/decoder.py",
+        "product + 2 * attention + 2 * added",
+        "product + attention + 2 * added",
+        "planner/test_decoder.py::test_the_parts_of_a_step_are_the_step_and_its_work_is_eq_3",
+    ),
+    Mutation(
+        "planner/decoder.py",
+        "1.5 if layout.zero_stage else 1.0",
+        "1.5",
+        "planner/test_decoder.py::test_messages_means_and_steps_take_what_their_links_take",
+    ),
+    Mutation(
+        "planner/decoder.py",
+        "last + head)",
+        "last)",
+        "planner/test_decoder.py::test_equal_blocks_are_cut_as_well_as_by_the_search",
+    ),
+    Mutation(
+        "planner/search.py",
+        "if alike and seconds >= alike.seconds:",
+        "if alike:",
+        "planner/test_plan.py::test_nothing_is_lost_by_not_playing_all",
+    ),
+    Mutation(
+        "planner/search.py",
+        "ranked[top - 1] if len(ranked) >= top",
+        "ranked[0] if ranked",
+        "planner/test_plan.py::test_nothing_is_lost_by_not_playing_all",
+    ),
+    Mutation(
+        "planner/search.py",
+        'and "recompute" not in each and',
+        "and",
+        "planner/test_plan.py::test_nothing_is_lost_by_not_playing_all",
+    ),
+    Mutation(
+        "planner/search.py",
+        "max(timelines, key",
+        "min(timelines, key",
+        "planner/test_plan.py::test_replicas_that_cross_links_apart_are_all_played",
+    ),
+    Mutation(
+        "planner/measured.py",
+        'row["parameters"] + row["optimizer"] + row["peak"]',
+        'row["parameters"] + row["peak"]',
+        "planner/test_plan.py::test_measured_costs_are_planned_as_their_runs_are_predicted",
+    ),
+    Mutation(
+        "planner/plan.py",
+        "max(more, key=lambda name: more[name])",
+        "max(after.parts, key=lambda name: after.parts[name])",
+        "planner/test_plan.py::test_plans_are_a_table_that_says_why_the_next_one_loses",
+    ),
+    Mutation(
+        "planner/transformers.py",
+        "self.width * tensor)",
+        "self.width)",
+        "planner/test_cards.py::test_activations_are_eq_2_of_the_paper",
+    ),
+    Mutation(
+        "planner/reading.py",
+        "(8 if unit",
+        "(1 if unit",
+        "planner/test_cards.py::test_a_quantity_is_a_number_and_a_unit",
+    ),
+    Mutation(
+        "planner/transformers.py",
+        "blocks + 3 * self.head_flops",
+        "blocks + (3 + recompute) * self.head_flops",
+        "planner/test_cards.py::test_flops_are_eq_3_and_what_torch_multiplies",
+    ),
+]
+
+MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *PLANNER]
 
 
 def status(tests: str, mutation: Mutation | None = None) -> int:

@@ -18,7 +18,8 @@ class Measured:
     """A measured model on a cluster; see ``pipetutor.planner.search.Problem`` for what this offers.
 
     Attributes:
-        layers: what its layers cost, and messages, and means over replicas; its micro-batch is the runs'.
+        layers: what its layers cost, and messages, and means over replicas, measured with as many ranks at once as
+            a machine has; its micro-batch is the runs'.
         cluster: what it lies on: a rank on each device.
         batch: examples of the global batch B.
     """

@@ -136,3 +136,21 @@ def test_for_equal_stages_the_lower_bound_is_the_step(schedule, chunks):
     costs = Costs.equal(4 * chunks, 1.0, 2.0)
     played = simulate(build(schedule, 4, 8, chunks), costs).seconds
     assert lower_bound(costs, 4, 8, split=schedule == "zero_bubble") == pytest.approx(played)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_messages_means_and_steps_take_what_their_links_take(zero_stage):
+    """Hosts of two ranks of two devices: the replicas of a stage share a host, and stages lie on several."""
+    problem = problem_of(MODEL, CLUSTER, 8, tensor=2)
+    inside, between = problem.cluster.link(False), problem.cluster.link(True)
+    near, far = (Layout(2, replicas, 2, 1, 2, zero_stage=zero_stage) for replicas in (2, 4))
+    (first, last) = problem._blocks(near)
+    counts = [first * problem.model.block_parameters + 532 * 64, last * problem.model.block_parameters + 502 * 64]
+    tied = between.ring(2, 2 * 500 * 64 / 2)
+    for layout, link in ((near, inside), (far, between)):
+        (costs,) = problem.costs(layout)
+        assert costs.message(0) == pytest.approx(between.seconds(2 * 32 * 64 / 2))
+        means = [(1 + zero_stage / 2) * link.ring(layout.replicas, 2 * count / 2) + tied for count in counts]
+        assert costs.all_reduce == pytest.approx(means)
+        share = layout.replicas if zero_stage else 1
+        assert costs.optimizer == pytest.approx([28 * count / 2 / share / 10e9 for count in counts])
