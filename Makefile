@@ -8,6 +8,8 @@ NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
 NUMBERS := certify/test_certify core/test_accumulate core/test_checkpoint core/test_clipping core/test_dropout \
 	core/test_evaluate core/test_model core/test_recompute core/test_torch_engine costs/test_memory data/test_data test_train
+# Debian's packages for make clusters
+DAEMONS := slurmctld slurmd slurm-client munge openssh-server pdsh iproute2 util-linux
 # Two workers; those that are done early take over from the others.
 PYTEST := -m pytest -n 2 --dist worksteal
 
@@ -22,7 +24,7 @@ export HOME := $(CURDIR)/build/home
 $(shell mkdir -p build/home)
 endif
 
-.PHONY: run smoke html lab map test other-kernels browser has-chromium gpu prove mutations bench clean
+.PHONY: run smoke html lab map test other-kernels browser has-chromium clusters has-daemons gpu prove mutations bench clean
 
 run: $(READY)
 	$(VENV)/bin/python tools/run_notebooks.py $(NOTEBOOKS)
@@ -67,6 +69,15 @@ browser: has-chromium $(READY)
 
 has-chromium:
 	@command -v chromium > /dev/null || { echo "make browser needs Chromium: apt-get install chromium" >&2; exit 1; }
+
+clusters: has-daemons $(READY)
+	$(VENV)/bin/python -m pytest -m cluster
+
+has-daemons:
+	@unshare -nmup --fork true 2> /dev/null || \
+		{ echo "make clusters needs root, and a machine that lets root make namespaces" >&2; exit 1; }
+	@for name in slurmctld slurmd srun munged sshd pdsh ip nsenter; do command -v $$name > /dev/null || \
+		{ echo "make clusters needs $$name: apt-get install $(DAEMONS)" >&2; exit 1; }; done
 
 gpu: $(READY)
 	@$(VENV)/bin/python -c 'from pipetutor.system.gpus import gpus; found = gpus(); raise SystemExit( \

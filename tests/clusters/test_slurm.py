@@ -1,7 +1,6 @@
 """Ranks on the nodes of a real Slurm, started by docs/cluster.sbatch and by srun."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,25 @@ def flags(runs, monkeypatch) -> list[str]:
     return ["--model", "gpt:layers=1,width=32,heads=1", *data, "--deepspeed_config", "small.json"]
 
 
-def submit(slurm, *words: object) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """Submit a job from the first host; return how that went, and the run directory of the job."""
+def submit(slurm, *words: object) -> tuple[str, Path]:
+    """Submit a job on the first host; return its number, and the run directory that will be its own."""
     done = slurm[0].run("sbatch", "--parsable", *words)
-    assert done.stdout, done.stderr
-    return done, Path("runs", f"slurm-{done.stdout.strip()}")
+    assert not done.returncode, done.stderr
+    return (job := done.stdout.strip()), Path("runs", f"slurm-{job}")
+
+
+def end_of(slurm, job: str) -> str:
+    """Wait until a job has ended, and return Slurm's word for how. (``sbatch --wait`` looks every half minute.)"""
+    busy = ("PENDING", "RUNNING", "COMPLETING")
+    show = ("scontrol", "--oneliner", "show", "job", job)
+    (state,) = wait_until(
+        lambda: [
+            word.removeprefix("JobState=")
+            for word in slurm[0].run(*show).stdout.split()
+            if word.startswith("JobState=") and not word.endswith(busy)
+        ]
+    )
+    return state
 
 
 def said() -> str:
@@ -36,33 +49,33 @@ def said() -> str:
 
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_the_template_trains_on_two_nodes(tasks, slurm, flags):
-    done, directory = submit(slurm, "--wait", f"--ntasks-per-node={tasks}", TEMPLATE, "--steps", 3, *flags)
-    assert not done.returncode, said()
+    job, directory = submit(slurm, f"--ntasks-per-node={tasks}", TEMPLATE, "--steps", 3, *flags)
+    assert end_of(slurm, job) == "COMPLETED", said()
     run, record = Run.load(directory), records.read(directory)
     assert len(run.losses) == 3 and record["stages"] == 2 * tasks and record["threads_per_rank"] == 2, said()
 
 
 def test_two_jobs_share_nodes(slurm, flags):
     one_core = ("--ntasks-per-node=1", "--cpus-per-task=1")
-    jobs = [submit(slurm, *one_core, TEMPLATE, "--steps", 3, *flags)[1] for _ in range(2)]
-    wait_until(lambda: not slurm[0].run("squeue", "-h").stdout)
-    assert [len(Run.load(directory).losses) for directory in jobs] == [3, 3], said()
+    jobs = [submit(slurm, *one_core, TEMPLATE, "--steps", 3, *flags) for _ in range(2)]
+    assert [end_of(slurm, job) for job, _ in jobs] == ["COMPLETED"] * 2, said()
+    assert [len(Run.load(directory).losses) for _, directory in jobs] == [3, 3]
 
 
 def test_scancel_ends_all_ranks(slurm, flags):
-    done, directory = submit(slurm, TEMPLATE, "--steps", 1_000_000, *flags)
+    job, directory = submit(slurm, TEMPLATE, "--steps", 1_000_000, *flags)
     wait_until(lambda: (directory / "run.json").exists() and Run.load(directory).losses)
     assert [len(host.ranks()) for host in slurm] == [2, 2]
-    slurm[0].run("scancel", done.stdout.strip())
-    wait_until(lambda: not any(host.ranks() for host in slurm), 60)
+    slurm[0].run("scancel", job)
+    assert end_of(slurm, job) == "CANCELLED"
+    assert not any(host.ranks() for host in slurm)
     assert records.read(directory)["status"] == "interrupted"
-    wait_until(lambda: not slurm[0].run("squeue", "-h").stdout, 60)
 
 
 def test_a_rank_that_dies_ends_the_others(slurm, flags):
-    done, _ = submit(slurm, "--wait", TEMPLATE, "--steps", 1_000_000, *flags, "--fault", "die:rank=3,step=2")
-    assert done.returncode and "task 3: Killed" in said(), said()
-    wait_until(lambda: not any(host.ranks() for host in slurm), 60)
+    job, _ = submit(slurm, TEMPLATE, "--steps", 1_000_000, *flags, "--fault", "die:rank=3,step=2")
+    assert end_of(slurm, job) == "FAILED" and "task 3: Killed" in said(), said()
+    assert not any(host.ranks() for host in slurm)
 
 
 def test_srun_alone_starts_ranks_of_unequal_nodes(slurm, flags):
