@@ -150,7 +150,7 @@ def test_a_class_of_20_launches_at_once(runs):
     shared = f"runs_dir=RUNS, data_dir={str(runs / 'data')!r}, **{TINY!r}"
     lines = [f"launch(stages=2, steps=3, hosts={1 + number % 2}, {shared})" for number in range(20)]
     kernels = [script(runs / "class", line) for line in lines]
-    ended = [kernel.communicate(timeout=1500) + (kernel.returncode,) for kernel in kernels]
+    ended = [(*kernel.communicate(timeout=1500), kernel.returncode) for kernel in kernels]
     for line, (_, errors, code) in zip(lines, ended, strict=True):
         assert code == 0, f"{line}: {errors[-2000:]}"
     found = [Run.load(path) for path in (runs / "class").iterdir()]
