@@ -28,7 +28,8 @@ STATE, STEP = 12, 28  # bytes of a parameter: of the optimizer; read and written
 def blocks_of(blocks: int, stages: int, head: float) -> tuple[int, ...]:
     """Share equal blocks out so that the slowest stage takes the least; the last one has the head as well.
 
-    Where some stages have one more, those are the late ones: early stages keep more micro-batches in flight.
+    Of cuts that are as fast, that with the most blocks on late stages is taken: early ones keep more micro-batches in
+    flight.
 
     Args:
         blocks: L.
@@ -39,7 +40,7 @@ def blocks_of(blocks: int, stages: int, head: float) -> tuple[int, ...]:
         Blocks of each stage, at least one but for the last, which may have the head alone.
 
     >>> blocks_of(24, 4, 1.5)
-    (6, 6, 7, 5)
+    (6, 7, 7, 4)
     """
     if stages == 1:
         return (blocks,)
@@ -47,7 +48,7 @@ def blocks_of(blocks: int, stages: int, head: float) -> tuple[int, ...]:
     def slowest(last: int) -> float:
         return max(math.ceil((blocks - last) / (stages - 1)), last + head)
 
-    last = min(range(blocks - stages + 2), key=slowest)
+    last = min(reversed(range(blocks - stages + 2)), key=slowest)
     each, more = divmod(blocks - last, stages - 1)
     return (*[each] * (stages - 1 - more), *[each + 1] * more, last)
 
