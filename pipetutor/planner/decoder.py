@@ -6,6 +6,7 @@ section 3.1), which makes for each parameter on a rank
     2 weight + 2 gradient + (4 weight + 4 + 4 moments) / (D with ZeRO-1)     bytes
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def blocks_of(blocks: int, stages: int, head: float) -> tuple[int, ...]:
         Blocks of each stage, at least one but for the last, which may have the head alone.
 
     >>> blocks_of(24, 4, 1.5)
-    (6, 7, 7, 4)
+    (6, 6, 7, 5)
     """
     if stages == 1:
         return (blocks,)
@@ -94,19 +95,24 @@ class Decoder:
     def _orders(self, stages: int, replicas: int, micro_batch: int) -> Iterator[Layout]:
         micro_batches = self.batch // replicas // micro_batch
         for schedule in self.schedules if stages > 1 else ("1f1b",):
-            most, least = (self.model.layers // stages, 2) if schedule == "interleaved_1f1b" else (1, 1)
-            if (schedule == "interleaved_1f1b" and micro_batches % stages) or (
-                schedule == "zero_bubble" and micro_batches < stages
-            ):
-                continue
-            for chunks in range(least, most + 1):
-                for zero_stage in (0, 1) if replicas > 1 else (0,):
-                    for recompute in (False, True):
-                        if not (recompute and schedule == "zero_bubble"):  # it would compute a stage twice more
-                            yield Layout(
-                                *(stages, replicas, self.tensor, micro_batch, micro_batches),
-                                *(schedule, chunks, recompute, zero_stage),
-                            )
+            # zero_bubble would compute the forward pass anew for each half of a backward pass
+            again = (False,) if schedule == "zero_bubble" else (False, True)
+            for chunks in self._chunks(schedule, stages, micro_batches):
+                for zero_stage, recompute in itertools.product((0, 1) if replicas > 1 else (0,), again):
+                    yield Layout(
+                        *(stages, replicas, self.tensor, micro_batch, micro_batches),
+                        *(schedule, chunks, recompute, zero_stage),
+                    )
+
+    def _chunks(self, schedule: str, stages: int, micro_batches: int) -> list[int]:
+        """Return the numbers of chunks with which a schedule can be played; none where it cannot.
+
+        As in Megatron-LM, the blocks are a multiple of the stages of the model that lie interleaved.
+        """
+        if schedule != "interleaved_1f1b":
+            return [] if schedule == "zero_bubble" and micro_batches < stages else [1]
+        fitting = [number // stages for number in _divisors(self.model.layers) if number % stages == 0]
+        return [chunks for chunks in fitting if chunks > 1 and micro_batches % stages == 0]
 
     def streams(self, layout: Layout) -> Iterator[list[Instruction]]:
         """Return what each rank does; messages go in the background."""

@@ -22,7 +22,7 @@ from pipetutor.schedule.orders import deepspeed_1f1b
 from pipetutor.schedule.simulate import simulate
 from pipetutor.system.gpus import Gpus
 
-MODEL = "layers=13,width=64,heads=4,sequence=32,vocabulary=500"
+MODEL = "layers=12,width=64,heads=4,sequence=32,vocabulary=500"
 LINKS = "flops=1T,inside=1GB/s+5us,between=100MB/s+50us,memory_bandwidth=10GB/s"
 CASES = [  # replicas of a stage on one host, on two, and across: the hosts hold 4 or 3 ranks
     (f"hosts=2,devices=4,memory=1GB,{LINKS}", 16, 1),
