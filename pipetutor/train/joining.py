@@ -22,7 +22,7 @@ from pipetutor.options import PROFILE, Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.describe import describe_here
 from pipetutor.processes.environment import free_port
-from pipetutor.processes.heartbeat import Heartbeat
+from pipetutor.processes.heartbeat import Heartbeat, end_when_asked
 from pipetutor.processes.host import hosts_made
 from pipetutor.processes.starters import command
 from pipetutor.system import disk
@@ -123,6 +123,8 @@ def _take_directory(options: Options, directory: Path, rank: int) -> None:
         raise ValueError(f"--run-dir {directory} holds a run already ({held}): give another --run-dir{saved}")
     records.forget(directory, rank, int(os.environ.get("WORLD_SIZE", "1")))
     Heartbeat(directory, rank)  # who hangs while it joins the others has said so
+    if os.environ.get("CROSS_SIZE", "1") != "1" and not goes_on:  # else what is there may have been for a run before
+        end_when_asked(directory)
 
 
 def unlaunched() -> list[str]:
