@@ -43,6 +43,7 @@ MEASURING = (
     "costs/table",
     "costs/measuring",
     "costs/ranks",
+    "costs/messages",
     "core/accumulate",
     "core/layers",
     "core/model",
