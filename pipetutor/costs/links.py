@@ -24,7 +24,7 @@ LONGEST_MESSAGE, LONGEST_SUM = 2**22, 2**26  # bytes: enough where a link has no
 MESSAGE_SECONDS, SUM_SECONDS = 0.4, 1.5  # that the longest one may take where it has one
 LEAST_MESSAGE = 2**19  # bytes: several times what a link lets through at once
 LEAST_RATE = 1e6  # bits a second
-STEPS = 4  # that are measured: messages, sending, copies and sums
+MEASUREMENTS = 4  # messages, sending, copies and sums
 
 
 @briefly
@@ -57,8 +57,8 @@ def over(costs: LayerCosts, hosts: int = 2, link: str = "unlimited", *, runs_dir
         )
     if costs.ranks % hosts:
         raise ValueError(
-            f"the costs were measured with ranks={costs.ranks}, which {hosts} hosts cannot share evenly: measure with "
-            f"ranks={hosts}, or a multiple of it"
+            f"the costs were measured with ranks={costs.ranks}, which {hosts} hosts cannot share "
+            f"evenly: measure with ranks={hosts}, or a multiple of it"
         )
     links = parse_links(hosts, link)
     check_hosts(links.values())
@@ -67,9 +67,8 @@ def over(costs: LayerCosts, hosts: int = 2, link: str = "unlimited", *, runs_dir
     count = int(min(LONGEST_SUM, SUM_SECONDS * rate / 8)) // 4
     asked = {"ranks": costs.ranks, "longest": longest, "count": count}
     env = cpu_environment(costs.ranks) | network.ENVIRONMENT
-    rows = run_job(
-        "pipetutor.costs.messages", directory, asked, env, STEPS + 1, "measurements", lambda _: link, links
-    )
+    total = MEASUREMENTS + 1
+    rows = run_job("pipetutor.costs.messages", directory, asked, env, total, "measurements", lambda _: link, links)
     *_, found = rows
     reduce = tuple(map(tuple, found.pop("reduce")))
     measured = replace(costs, **found, reduce=reduce, directory=directory)

@@ -38,8 +38,8 @@ Sized = tuple[int, float]  # bytes, and seconds
 Sum = tuple[int, int, float]  # ranks of a group, bytes of each rank, and seconds
 
 
-def transfers(rank: int, sizes: Sequence[int], peer: int = 1, times: int = TIMES) -> list[tuple[int, float]]:
-    """Send each size to and fro between rank 0 and a peer, as activation and gradient; return (bytes, seconds) a way."""
+def transfers(rank: int, sizes: Sequence[int], peer: int = 1, times: int = TIMES) -> list[Sized]:
+    """Send each size between rank 0 and a peer, to and fro, as activation and gradient; return (bytes, seconds)."""
     found = []
     for size in sizes:
         message, ways = torch.zeros(size, dtype=torch.uint8), []

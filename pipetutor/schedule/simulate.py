@@ -225,10 +225,11 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     """Play a schedule.
 
     In a full stream a send and its receive meet: both end a message's time after the later of the two began,
-    and the earlier one waits; of a message that the system can hold, the send ends at once. In a compute stream transfers happen in the background: a rank has one wire to the next
-    rank and one to that before, and a message leaves as soon as it is made and the wire is free. A rank that has
-    nothing else to do meanwhile spends the time in a span ``RecvActivation`` or ``RecvGrad``: it waits until the
-    message is made, and counts as transfer what comes then. A rank that ends early waits in ``AggregateLoss``.
+    and the earlier one waits. Of a message that the system holds for it, the send ends earlier. In a compute stream
+    transfers happen in the background: a rank has one wire to the next rank and one to that before, and a message
+    leaves as soon as it is made and the wire is free. A rank that has nothing else to do meanwhile spends the time in
+    a span ``RecvActivation`` or ``RecvGrad``: it waits until the message is made, and counts as transfer what comes
+    then. A rank that ends early waits in ``AggregateLoss``.
 
     Args:
         streams: one for each rank. ``check`` a schedule of your own before: here it must only be playable.
