@@ -18,12 +18,13 @@ from pipetutor.system.kinds import check, whole
 from pipetutor.system.links import Link, parse_links
 from pipetutor.system.namespaces import check_hosts
 
-__all__ = ["over", "ring"]
+__all__ = ["on_paper", "over", "ring"]
 
 LONGEST_MESSAGE, LONGEST_SUM = 2**22, 2**26  # bytes: enough where a link has no limit
 MESSAGE_SECONDS, SUM_SECONDS = 0.4, 1.5  # that the longest one may take where it has one
 LEAST_MESSAGE = 2**19  # bytes: several times what a link lets through at once
 LEAST_RATE = 1e6  # bits a second
+PAYLOAD = 1448 / 1514  # of each packet; the rest is headers of TCP, IP and Ethernet, and the rate counts them
 MEASUREMENTS = 4  # messages, sending, copies and sums
 
 
@@ -52,9 +53,7 @@ def over(costs: LayerCosts, hosts: int = 2, link: str = "unlimited", *, runs_dir
     check("link", link, "text")
     rate = Link.parse(link).rate
     if rate < LEAST_RATE:
-        raise ValueError(
-            f"link {link!r}: messages over less than {Link(LEAST_RATE)} a second take too long to measure"
-        )
+        raise ValueError(f"link {link!r}: messages take too long to measure at less than {Link(LEAST_RATE)} a second")
     if costs.ranks % hosts:
         raise ValueError(
             f"the costs were measured with ranks={costs.ranks}, which {hosts} hosts cannot share "
@@ -95,3 +94,31 @@ def ring(ranks: int, size: float, rate: float) -> float:
     '18.24'
     """
     return 2 * (ranks - 1) / ranks * size * 8 / rate
+
+
+def on_paper(costs: LayerCosts, rate: float) -> LayerCosts:
+    """Return costs for links of any rate, by closed forms alone, and not by what they would be measured to be.
+
+        message   latency + bytes / the smaller of two bandwidths: the link's, and that without a limit
+        mean      what it takes without a limit, and then the ring's time
+
+    A link adds headers to each packet. That it lets a burst through at once is left out, and so is that a rank can
+    add up while it sends: in truth both are a little faster.
+
+    Args:
+        costs: without a limit: of one machine, or ``over`` an unlimited link.
+        rate: bits a second.
+
+    Raises:
+        ValueError: the rate is not above 0.
+
+    >>> on_paper(measure(ranks=2), 1e8).for_bounds([0, 22], 4, replicas=2).all_reduce  # doctest: +SKIP
+    [19.4]
+    """
+    if not rate > 0:
+        raise ValueError(f"rate is {rate} bits a second: use more than 0")
+    useful = PAYLOAD * rate
+    reduce = tuple(
+        (ranks, latency, 1 / (1 / bandwidth + ring(ranks, 1, useful))) for ranks, latency, bandwidth in costs.reduce
+    )
+    return replace(costs, bandwidth=min(costs.bandwidth, useful / 8), burst=0.0, reduce=reduce)

@@ -7,7 +7,7 @@ import pytest
 from conftest import processes_of
 from test_costs import made
 
-from pipetutor.costs.links import over, ring
+from pipetutor.costs.links import on_paper, over, ring
 from pipetutor.costs.messages import link, means
 from pipetutor.costs.table import LayerCosts
 from pipetutor.processes.watch import RunFailed
@@ -53,6 +53,18 @@ def test_a_ring_carries_what_its_ranks_send(ranks):
     assert ring(ranks, 1e6, 8e3) == pytest.approx(sum(rounds) / 1e3)
 
 
+def test_theory_adds_the_ring_to_a_mean_and_slows_messages():
+    costs = made(reduce=((2, 0.5, 1e6), (4, 0.5, 1e6)), bandwidth=1e6)
+    slow = on_paper(costs, 8e3)  # 1000 bytes a second, of which headers take some
+    carried = [latency + 1e6 / bandwidth - 1.5 for _, latency, bandwidth in slow.reduce]
+    assert carried == pytest.approx([1000 * 1.0456, 1500 * 1.0456], rel=1e-3)
+    assert slow.bandwidth == pytest.approx(1000 / 1.0456, rel=1e-3)
+    free = on_paper(costs, math.inf)
+    assert (free.bandwidth, free.reduce) == (1e6, ((2, 0.5, pytest.approx(1e6)), (4, 0.5, pytest.approx(1e6))))
+    with pytest.raises(ValueError, match="rate is 0 bits a second: use more than 0"):
+        on_paper(costs, 0)
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -61,7 +73,7 @@ def test_a_ring_carries_what_its_ranks_send(ranks):
         ({"link": "fast"}, "link 'fast': it takes a rate"),
         (
             {"link": "100kbit"},
-            "link '100kbit': messages take too long to measure at so low a rate; '1mbit' is the le",
+            "link '100kbit': messages take too long to measure at less than 1mbit a second",
         ),
     ],
 )
