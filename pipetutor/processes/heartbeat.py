@@ -26,7 +26,7 @@ from pathlib import Path
 from pipetutor.core.observer import Observer, Peers
 from pipetutor.schedule.orders import Instruction
 
-__all__ = ["Beat", "Heartbeat", "culprits", "read"]
+__all__ = ["Beat", "Heartbeat", "ask_to_end", "culprits", "end_with_run", "read"]
 
 STACK_SIGNAL = signal.SIGUSR1
 COLLECTIVES = ("ReduceGrads", "OptimizerStep", "AggregateLoss", "Barrier")
@@ -118,7 +118,7 @@ def ask_to_end(directory: Path, ended: Callable[[], bool] = lambda: False) -> No
         (directory / END).unlink()
 
 
-def end_when_asked(directory: Path) -> None:
+def end_with_run(directory: Path) -> None:
     """End this process, a rank, as soon as somebody has asked all ranks of the run to end."""
 
     def look() -> None:

@@ -22,7 +22,7 @@ from pipetutor.options import PROFILE, Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.describe import describe_here
 from pipetutor.processes.environment import free_port
-from pipetutor.processes.heartbeat import Heartbeat, end_when_asked
+from pipetutor.processes.heartbeat import Heartbeat, end_with_run
 from pipetutor.processes.host import hosts_made
 from pipetutor.processes.starters import command
 from pipetutor.system import disk
@@ -124,7 +124,7 @@ def _take_directory(options: Options, directory: Path, rank: int) -> None:
     records.forget(directory, rank, int(os.environ.get("WORLD_SIZE", "1")))
     Heartbeat(directory, rank)  # who hangs while it joins the others has said so
     if os.environ.get("CROSS_SIZE", "1") != "1" and not goes_on:  # else what is there may have been for a run before
-        end_when_asked(directory)
+        end_with_run(directory)
 
 
 def unlaunched() -> list[str]:
