@@ -13,6 +13,7 @@ from pipetutor.core.records import Run
 from pipetutor.data import fetch
 from pipetutor.options import PROFILE, Options, takes_options
 from pipetutor.preflight import World, preflight
+from pipetutor.processes.children import Process
 from pipetutor.processes.describe import describe
 from pipetutor.processes.diagnosis import diagnose
 from pipetutor.processes.entry import briefly
@@ -34,8 +35,9 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     """Train in processes of their own, watch them, and return the record.
 
     The ranks are started as DeepSpeed's launcher starts them. A ``deepspeed`` command is printed that does the same
-    work in a terminal, and records it in a directory of its own beside this run's (``…-again``). Whatever ends the
-    call, an interrupt or the death of the kernel, no process stays.
+    work in a terminal, and records it in a directory of its own beside this run's (``…-again``). On several hosts the
+    printed commands are what starts the ranks. Whatever ends the call, an interrupt or the death of the kernel, no
+    process stays.
 
     Args:
         {options}
@@ -69,23 +71,10 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
         plan, table = profile.cut(plan, ranks)
     directory = records.create(Path(options.runs_dir), f"p{options.stages}r{options.replicas}")
     told = replace(options, config=_short(directory / "config.json"), dtype=None)
-    if here:
-        told = replace(told, backend=plan.backend)
-    again = directory.with_name(f"{directory.name}-again")
-    words = replace(told, run_dir=_short(directory)).words()
     try:
         (directory / "logs").mkdir()
         records.write_json(directory / "config.json", plan.config)
-        if links or not here:
-            processes = (
-                on_hosts(words, ranks, options.hosts, Path(_short(directory)))
-                if here
-                else by_ssh(words, ranks, options.hostfile or "", directory)
-            )
-            typed = "\n".join(shlex.join(process.command) for process in processes)
-        else:
-            processes = on_this_machine(words, ranks, directory)
-            typed = shlex.join([*deepspeed(ranks), *replace(told, run_dir=_short(again)).words()])
+        processes, typed = _start(replace(told, backend=plan.backend if here else options.backend), ranks, directory)
         records.update(directory, command=typed, **plan.record())
     except OSError as error:
         raise ValueError(disk.cannot(f"write the run to {directory}", error, "give another runs_dir")) from None
@@ -102,6 +91,26 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     if run.evaluations:
         print(records.marks(run.evaluations[-1]))
     return run
+
+
+def _start(told: Options, ranks: int, directory: Path) -> tuple[list[Process], str]:
+    """Return what starts the ranks, and the commands that do the same in terminals.
+
+    Args:
+        told: what the ranks are told.
+        ranks: how many.
+        directory: the run directory.
+    """
+    words = replace(told, run_dir=_short(directory)).words()
+    if told.hostfile is None and told.hosts == 1:
+        again = directory.with_name(f"{directory.name}-again")
+        typed = [*deepspeed(ranks), *replace(told, run_dir=_short(again)).words()]
+        return on_this_machine(words, ranks, directory), shlex.join(typed)
+    if told.hostfile is None:
+        processes = on_hosts(words, ranks, told.hosts, Path(_short(directory)))
+    else:
+        processes = by_ssh(words, ranks, told.hostfile, Path(_short(directory)))
+    return processes, "\n".join(shlex.join(process.command) for process in processes)
 
 
 def _world(options: Options, ranks: int) -> World:
@@ -122,9 +131,7 @@ def _world(options: Options, ranks: int) -> World:
             "the command on each host yourself, deepspeed --no_ssh --node_rank N"
         )
     most = max(slots.values())
-    return World(
-        ranks, most, Gpus(most)
-    )  # whether hosts have GPUs is not known here: they refuse what they cannot do
+    return World(ranks, most, Gpus(most))  # what GPUs hosts have is not known here: they refuse what they cannot do
 
 
 def _brief(step: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from pipetutor.processes.starters import command
 from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
-from pipetutor.system.machine import cpu_cores, versions
+from pipetutor.system.machine import code_digest, cpu_cores, versions
 from pipetutor.system.named import Named
 from pipetutor.weights import check_weights
 
@@ -75,6 +75,7 @@ def what_must_agree(plan: Plan) -> dict[str, Any]:
     options = plan.options
     found = options.common() | {f"{name} of the config": value for name, value in plan.config.items()}
     found |= {f"version of {name}": value for name, value in versions().items()}
+    found["code of pipetutor"] = code_digest()
     for name, text in {"model": options.model, "data set": options.dataset}.items():
         if (named := Named.parse(text)).is_own:
             found[f"code of the {name}"] = named.source_digest()
