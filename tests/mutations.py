@@ -240,6 +240,9 @@ SCHEDULE = [
         "schedule/test_orders.py",
     ),
     Mutation("schedule/simulate.py", "left + costs.latency", "left", "schedule/test_simulate.py"),
+    Mutation("schedule/simulate.py", "max(self.burst, self.buffer)", "self.buffer", "schedule/test_simulate.py"),
+    Mutation("costs/links.py", "(ranks - 1) / ranks * size", "ranks / (ranks - 1) * size", "costs/test_links.py"),
+    Mutation("costs/links.py", "min(costs.bandwidth, useful / 8)", "useful / 8", "costs/test_links.py"),
 ]
 AROUND = [
     Mutation(
