@@ -1,5 +1,6 @@
 """Proofs that take minutes: `make prove` runs them, and `make test` does not."""
 
+import os
 import random
 import re
 import signal
@@ -16,6 +17,13 @@ from test_launcher import deepspeed, ranks_of, script
 from pipetutor import Run, launch
 from pipetutor.core import checkpoint
 from pipetutor.core.records import STEPS, read_lines
+from pipetutor.costs import measure
+from pipetutor.costs.links import over
+from pipetutor.schedule.orders import deepspeed_1f1b
+from pipetutor.schedule.simulate import simulate
+from pipetutor.system import machine
+from pipetutor.system.links import Link
+from pipetutor.system.namespaces import check_hosts
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -157,3 +165,30 @@ def test_a_class_of_20_launches_at_once(runs):
     assert len(found) == 20 and {run.status for run in found} == {"finished"}
     assert len({tuple(run.losses) for run in found}) == 1, "each trained as if it had been alone"
     assert not processes_of(runs.parent)
+
+
+@pytest.mark.timeout(1200)
+def test_steps_on_two_hosts_take_what_is_predicted(runs):
+    """AlexNet in two stages and in two replicas, over three links: costs are measured beside what they predict."""
+    try:
+        check_hosts([Link(1e8)])
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
+    layouts = {"2 stages": (2, 1, [0, 16, 22]), "2 replicas": (1, 2, [0, 22])}
+    costs, errors = measure(micro_batch=8, ranks=2, runs_dir=runs), []
+    print(f"\n{machine.cpu_name()}, {machine.cpu_cores()} cores")
+    for link in ("unlimited", "1gbit", "100mbit"):
+        linked = over(costs, hosts=2, link=link, runs_dir=runs)
+        for name, (stages, replicas, bounds) in layouts.items():
+            shape = dict(stages=stages, replicas=replicas, partition=",".join(map(str, bounds)))
+            run = launch(**shape, hosts=2, link=link, steps=5, config=config, runs_dir=runs)
+            streams = [deepspeed_1f1b(stages, run.micro_batches, stage) for stage in range(stages)]
+            stage_costs = linked.for_bounds(bounds, run.micro_batches, replicas=replicas)
+            predicted, took = simulate(streams, stage_costs).seconds, statistics.median(run.seconds[1:])
+            errors.append(predicted / took - 1)
+            load = os.getloadavg()[0]
+            print(
+                f"{link:10}{name:11}predicted {predicted:6.2f} s, {took:6.2f} s, {errors[-1]:+4.0%}, load {load:.1f}"
+            )
+    assert max(map(abs, errors)) <= 0.15

@@ -43,6 +43,7 @@ MEASURING = (
     "costs/table",
     "costs/measuring",
     "costs/ranks",
+    "costs/messages",
     "core/accumulate",
     "core/layers",
     "core/model",
@@ -176,7 +177,7 @@ def costs_of(
 def _seconds(costs: LayerCosts, low: int, high: int, micro_batches: int | None, recompute: bool) -> float:
     stage = costs.stage(low, high, micro_batches)
     boundaries = [stage.input_bytes] * (low > 0) + [stage.output_bytes] * (high < len(costs.layers))
-    messages = 2 * sum(costs.latency + size / costs.bandwidth for size in boundaries)
+    messages = 2 * sum(costs.latency + max(size - costs.burst, 0) / costs.bandwidth for size in boundaries)
     return stage.load + (1 + recompute) * stage.forward + stage.backward_input + stage.backward_weight + messages
 
 

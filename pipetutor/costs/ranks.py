@@ -6,10 +6,8 @@ begins. As many processes do so at once as the pipeline will have ranks, a part 
 another: they compete for memory as its ranks will, which are never all at the same layer.
 """
 
-import dataclasses
 import functools
 import itertools
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,8 @@ from pipetutor.core.accumulate import accumulate_in_place
 from pipetutor.core.crossing import check_model
 from pipetutor.core.model import build_model
 from pipetutor.costs.measuring import MICRO_BATCHES, STEPS
-from pipetutor.costs.table import FILE, LayerCost, LayerCosts
+from pipetutor.costs.messages import copies, means, sums, transfers, wire
+from pipetutor.costs.table import LayerCost, LayerCosts
 from pipetutor.data import fetch, loader
 from pipetutor.processes.forks import forked, meet
 from pipetutor.processes.job import ROWS, do_job
@@ -35,7 +34,6 @@ from pipetutor.processes.job import ROWS, do_job
 __all__: list[str] = []
 
 REPEATS = 3
-MEANS = (1_000, 1_000_000, 4_000_000)  # numbers in a tensor that a mean is taken of
 SEED = 1138
 PATIENCE_SECONDS = 600
 
@@ -151,59 +149,6 @@ def weight_shares(layers: Sequence[nn.Module], images: torch.Tensor) -> list[flo
     return shares
 
 
-def _transfers(rank: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
-    """Send each size to and fro between ranks 0 and 1, as activation and gradient; return (bytes, seconds) a way."""
-    found = []
-    for size in sizes:
-        message, times = torch.zeros(size, dtype=torch.uint8), []
-        for _ in range(5 * REPEATS):
-            dist.barrier()
-            begin = time.perf_counter()
-            if rank == 0:
-                dist.send(message, 1)
-                dist.recv(message, 1)
-            elif rank == 1:
-                dist.recv(message, 0)
-                message.clone()  # as DeepSpeed takes one of each activation
-                dist.send(message, 0)
-            times.append((time.perf_counter() - begin) / 2)
-        found.append((size, statistics.median(times)))
-    return found
-
-
-def _means(rank: int, ranks: int) -> list[tuple[int, int, float]]:
-    """Take means over groups of ranks, all groups at once; return (ranks of a group, bytes of each rank, seconds).
-
-    As DeepSpeed does: the gradients are copied into one tensor, added up, divided, and copied back.
-    """
-    found = []
-    for size in (n for n in range(2, ranks + 1) if ranks % n == 0):
-        starts = range(0, ranks, size)
-        groups: list[Any] = [dist.new_group(list(range(first, first + size))) for first in starts]
-        for count in MEANS:
-            gradients, times = torch.zeros(count), []
-            for _ in range(2 * REPEATS):
-                dist.barrier()
-                begin = time.perf_counter()
-                flat = gradients.clone()
-                dist.all_reduce(flat, group=groups[rank // size])
-                gradients.copy_(flat.div_(size))
-                times.append(time.perf_counter() - begin)
-            found.append((size, gradients.nbytes, statistics.median(times)))
-    return found
-
-
-def wire(transfers: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Return latency in seconds and bandwidth in bytes a second of a wire, from (bytes, seconds) of its messages.
-
-    They lie on a line, on which each size counts by its relative error. Where other work on the machine has bent it
-    below what a wire can be, the latency is 0 or the bandwidth infinite.
-    """
-    sizes, ways = np.array(transfers).T
-    slope, latency = np.polyfit(sizes, ways, 1, w=1 / ways)
-    return max(float(latency), 0.0), float(1 / slope) if slope > 0 else float("inf")
-
-
 def _rank(
     rank: int, ranks: int, model: str, dataset: str, micro_batch: int, dropout: float | None, directory: Path
 ) -> Samples:
@@ -254,8 +199,8 @@ def _rank(
             samples["optimizer"].append((time.perf_counter() - begin) / count)
     samples["share"] = [weight_shares(layers, images) for _ in range(REPEATS)]
     sizes = sorted({4096, *(layer["output_bytes"] for layer in memory)})
-    samples["means"] = _means(rank, ranks)
-    samples["transfers"] = _transfers(rank, sizes) if ranks > 1 else []
+    samples["sums"], samples["copies"] = sums(rank, ranks), copies()
+    samples["transfers"] = transfers(rank, sizes) if ranks > 1 else []
     return dict(samples)
 
 
@@ -284,9 +229,6 @@ def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int
         for layer, (forward, backward, weight, saved), memory in zip(about, times, found[0]["memory"], strict=True)
     ]
     latency, bandwidth = wire(found[0]["transfers"]) if found[0]["transfers"] else (0.0, float("inf"))
-    means: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for size, count, seconds in found[0]["means"]:
-        means[size].append((count, seconds))
     costs = LayerCosts(
         model,
         micro_batch,
@@ -296,13 +238,11 @@ def work(directory: Path, model: str, dataset: str, micro_batch: int, ranks: int
         found[0]["input_bytes"],
         latency=latency,
         bandwidth=bandwidth,
-        reduce=tuple((size, *wire(taken)) for size, taken in means.items()),
+        reduce=means(found[0]["sums"], found[0]["copies"]),
         directory=directory,
         **{name: float(median(name)) for name in ("load_images", "load_labels", "copy", "optimizer")},
     )
-    content = dataclasses.asdict(costs)
-    del content["directory"]
-    records.write_json(directory / FILE, content)
+    costs.save()
 
 
 def _work(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,10 +4,11 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from pipetutor.core import records
 from pipetutor.core.partition import Layer, bounds_for, parameters_of
 from pipetutor.schedule.simulate import Costs
 from pipetutor.system import disk
@@ -88,6 +89,8 @@ class LayerCosts:
         directory: where ``costs.json`` holds the same.
         reduce: (R, latency, bandwidth) of a mean over R ranks, as replicas take it of gradients, for each R that
             ``ranks`` can be divided into: seconds, and bytes of each rank a second.
+        burst: bytes of a message that a link lets through at once, after a pause.
+        buffer: bytes of a message that its sender leaves to the system, and goes on.
     """
 
     model: str
@@ -104,6 +107,8 @@ class LayerCosts:
     optimizer: float
     directory: Path
     reduce: tuple[tuple[int, float, float], ...] = ()
+    burst: float = 0.0
+    buffer: float = 0.0
 
     def for_bounds(
         self, bounds: Sequence[int], micro_batches: int | None = None, *, replicas: int = 1, zero_stage: int = 0
@@ -147,6 +152,8 @@ class LayerCosts:
             message_bytes=[stage.output_bytes for stage in stages[:-1]],
             latency=self.latency,
             bandwidth=self.bandwidth,
+            burst=self.burst,
+            buffer=self.buffer,
             load=[stage.load for stage in stages],
             optimizer=steps,
             all_reduce=reduce,
@@ -211,6 +218,12 @@ class LayerCosts:
                 + " ".join(f"{size / 1e6:8.2f}" for size in sizes)
             )
         return "\n".join(lines)
+
+    def save(self) -> None:
+        """Write them to their directory."""
+        content = asdict(self)
+        del content["directory"]
+        records.write_json(self.directory / FILE, content)
 
     @classmethod
     def load(cls, directory: str | Path) -> "LayerCosts":

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipetutor.core import records
 from pipetutor.processes.children import Process
+from pipetutor.processes.network import name
 from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import machine
+from pipetutor.system.links import Link
 
 __all__ = ["ROWS", "do_job", "run_job"]
 
@@ -30,6 +32,7 @@ def run_job(
     total: int,
     unit: str,
     describe: Callable[[dict[str, Any]], str],
+    links: Mapping[tuple[int, int], Link] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run ``python -m module directory JSON`` under the supervisor, and return its rows.
 
@@ -41,17 +44,22 @@ def run_job(
         total: rows to expect.
         unit: what a row stands for.
         describe: says in a few words what a row holds.
+        links: between hosts, on each of which it runs once; without any, it runs once on this machine.
 
     Raises:
         RunFailed: it ended with another status than 0; the message has its last lines.
     """
     (directory / "logs").mkdir()
     command = [*machine.PYTHON, "-m", module, str(directory), records.to_json(asked)]
-    process = Process(command, os.environ | environment, "job.log")
+    env, hosts = os.environ | environment, 1 + max(host for pair in links for host in pair) if links else 0
+    processes = [Process(command, env, f"{name(host)}.log", host=host) for host in range(hosts)]
     rows = directory / ROWS
-    report = watch([process], directory, math.inf, rows, total, unit, describe)
+    report = watch(
+        processes or [Process(command, env, "job.log")], directory, math.inf, rows, total, unit, describe, links
+    )
     if report["code"] != 0:
-        log = (directory / "logs" / process.log).read_text(errors="replace")
+        first = next((end["log"] for end in report["ended"] if end["code"]), None)
+        log = (directory / "logs" / first).read_text(errors="replace") if first else ""
         raise RunFailed(f"{module} ended with status {report['code']}:\n{log[-2000:]}", directory)
     return records.read_lines(rows)
 

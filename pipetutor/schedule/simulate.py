@@ -32,6 +32,8 @@ class Costs:
         message_bytes: between stage s and s + 1, in either direction, one less than stages; () for nothing.
         latency: seconds of a message of 0 bytes.
         bandwidth: bytes a second.
+        burst: bytes of a message that the wire lets through at once, after a pause.
+        buffer: bytes of a message that a ``Send`` leaves to the system, and ends.
         load: seconds to load a micro-batch, for each stage; () for nothing. It is part of the forward pass where a
             stream does not name it.
         optimizer: seconds of an ``OptimizerStep``, for each stage; () for nothing.
@@ -52,6 +54,8 @@ class Costs:
     message_bytes: Sequence[float] = ()
     latency: float = 0.0
     bandwidth: float = math.inf
+    burst: float = 0.0
+    buffer: float = 0.0
     load: Sequence[float] = ()
     optimizer: Sequence[float] = ()
     all_reduce: Sequence[float] = ()
@@ -89,7 +93,11 @@ class Costs:
 
     def wire(self, boundary: int) -> float:
         """Return the seconds for which a message between stage ``boundary`` and the next occupies the wire."""
-        return self.message_bytes[boundary] / self.bandwidth if self.message_bytes else 0.0
+        return self._beyond(self.burst, boundary)
+
+    def _beyond(self, free: float, boundary: int) -> float:
+        """Return the seconds that the bytes of a message beyond the first few take."""
+        return max(self.message_bytes[boundary] - free, 0.0) / self.bandwidth if self.message_bytes else 0.0
 
     def message(self, boundary: int) -> float:
         """Return the seconds from sending to arrival between stage ``boundary`` and the next, on a free wire."""
@@ -117,10 +125,11 @@ class Costs:
             for stage, cost in enumerate(costs):
                 table[CODE[name], stage % ranks] += cost
         for boundary in range(len(self.forward) - 1):
-            for name in ("SendActivation", "RecvGrad"):
-                table[CODE[name], boundary] = self.message(boundary)
-            for name in ("RecvActivation", "SendGrad"):
-                table[CODE[name], boundary + 1] = self.message(boundary)
+            sent = self.latency + self._beyond(max(self.burst, self.buffer), boundary)
+            for name, stage in (("SendActivation", boundary), ("SendGrad", boundary + 1)):
+                table[CODE[name], stage] = sent
+            for name, stage in (("RecvGrad", boundary), ("RecvActivation", boundary + 1)):
+                table[CODE[name], stage] = self.message(boundary)
         return table
 
 
@@ -216,10 +225,11 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     """Play a schedule.
 
     In a full stream a send and its receive meet: both end a message's time after the later of the two began,
-    and the earlier one waits. In a compute stream transfers happen in the background: a rank has one wire to the next
-    rank and one to that before, and a message leaves as soon as it is made and the wire is free. A rank that has
-    nothing else to do meanwhile spends the time in a span ``RecvActivation`` or ``RecvGrad``: it waits until the
-    message is made, and counts as transfer what comes then. A rank that ends early waits in ``AggregateLoss``.
+    and the earlier one waits. Of a message that the system holds for it, the send ends earlier. In a compute stream
+    transfers happen in the background: a rank has one wire to the next rank and one to that before, and a message
+    leaves as soon as it is made and the wire is free. A rank that has nothing else to do meanwhile spends the time in
+    a span ``RecvActivation`` or ``RecvGrad``: it waits until the message is made, and counts as transfer what comes
+    then. A rank that ends early waits in ``AggregateLoss``.
 
     Args:
         streams: one for each rank. ``check`` a schedule of your own before: here it must only be playable.

@@ -163,7 +163,7 @@ def made(**changed):
 
 
 def test_layers_add_up_to_stages():
-    assert dataclasses.asdict(made().for_bounds([0, 2, 4])) == {
+    assert dataclasses.asdict(made(burst=5.0, buffer=50.0).for_bounds([0, 2, 4])) == {
         "forward": pytest.approx([1.5 + 1.0, 9.0 + 0.1]),
         "backward_input": [0.25, 11.0],
         "backward_weight": [2.0, 13.0],
@@ -171,6 +171,8 @@ def test_layers_add_up_to_stages():
         "message_bytes": [100],
         "latency": 0.01,
         "bandwidth": 1e3,
+        "burst": 5.0,
+        "buffer": 50.0,
         "load": [0.125, 0.0625],
         "optimizer": pytest.approx([1.0, 5.0]),
         "all_reduce": [0.0, 0.0],

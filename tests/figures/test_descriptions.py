@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pipetutor import Run
 from pipetutor.core.partition import catalog
 from pipetutor.costs.table import LayerCost, LayerCosts
-from pipetutor.figures import plots, plots_timeline
+from pipetutor.figures import plots, plots_links, plots_timeline
 from pipetutor.schedule.orders import build
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.tracing.trace import Step
@@ -73,12 +73,16 @@ FIGURES = {
         ({"GPipe": {2: 2e6, 8: 8e6}}, {"GPipe": {2: 2.1e6}}),
         ["8 MB with M = 8", "2.1 with 2"],
     ),
+    plots_links.step_times: (
+        ({"2 stages": {1e7: 2.5, 1e9: 1.5}}, {"2 stages": {1e8: 1.75, float("inf"): 1.25}}),
+        ["2.5 s at 10mbit and 1.5 s at 1gbit", "runs 1.75 s at 100mbit, 1.25 s at unlimited"],
+    ),
 }
 
 
 def figures():
     """Every public function of the modules that returns a figure."""
-    for module in (plots, plots_timeline):
+    for module in (plots, plots_links, plots_timeline):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and inspect.signature(function).return_annotation is Figure:
                 yield pytest.param(function, id=name)

@@ -154,6 +154,20 @@ def test_rendezvous_by_hand():
     ]
 
 
+def test_a_link_lets_a_burst_through_and_a_buffer_frees_who_sends():
+    """Of 10 bytes 4 go at once, and 6 / 2 = 3 s later the message is there; its sender is held for 10 - 8 of them."""
+    costs = Costs((2, 3), (1, 2), (1, 2), message_bytes=(10,), latency=0.5, bandwidth=2, burst=4, buffer=8)
+    timeline = simulate(full(2, 1), costs)
+    spans = {(kind, stage): (begin, end) for stage in (0, 1) for kind, _, begin, end, _ in rows(timeline, stage)}
+    assert spans["SendActivation", 0] == (2, 2 + 0.5 + 1) and spans["RecvActivation", 1] == (0, 2 + 0.5 + 3)
+    assert spans["SendGrad", 1] == (12.5, 14) and spans["RecvGrad", 0] == (3.5, 16)
+    quick = simulate(full(2, 1), dataclasses.replace(costs, burst=100, buffer=1))
+    spans = {(kind, stage): (begin, end) for stage in (0, 1) for kind, _, begin, end, _ in rows(quick, stage)}
+    assert spans["SendActivation", 0] == (2, 2.5) == (2, spans["RecvActivation", 1][1]), (
+        "none leaves after it is there"
+    )
+
+
 def test_the_step_costs_what_a_ranks_stages_cost():
     costs = dataclasses.replace(Costs.equal(4), optimizer=(1, 2, 3, 4), all_reduce=(10, 20, 30, 40))
     for streams in (build("interleaved_1f1b", 2, 2, 2), build("gpipe", 4, 2), full(4, 2)):
