@@ -28,7 +28,7 @@ MODULE = """
         layers += [nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(6), nn.Flatten()]
         return [*layers, nn.Linear(4608, 1024), nn.ReLU(), nn.Linear(1024, 10)]
 """
-LINKS, BATCHES, MICRO_BATCH = ("unlimited", "1gbit", "100mbit"), (16, 32, 64), 4  # so M is 2 to 16
+LINKS, BATCHES, MICRO_BATCH = ("unlimited", "1gbit", "100mbit"), (32, 64, 128), 8  # so M is 2 to 16
 
 
 def places(values):
