@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pipetutor import Run
 from pipetutor.core.partition import catalog
 from pipetutor.costs.table import LayerCost, LayerCosts
-from pipetutor.figures import plots, plots_links, plots_timeline
+from pipetutor.figures import plots, plots_links, plots_plan, plots_timeline
 from pipetutor.schedule.orders import build
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.tracing.trace import Step
@@ -77,12 +77,16 @@ FIGURES = {
         ({"2 stages": {1e7: 2.5, 1e9: 1.5}}, {"2 stages": {1e8: 1.75, float("inf"): 1.25}}),
         ["2.5 s at 10mbit and 1.5 s at 1gbit", "runs 1.75 s at 100mbit, 1.25 s at unlimited"],
     ),
+    plots_plan.step_parts: (
+        ({"1": {}, "2": {"compute": 2.0, "bubble": 0.5}, "4": {"compute": 2.0, "bubble": 1.5}}, "stages"),
+        ["1 does not fit; 2: 2.5 s, of which compute 2, bubble 0.5; 4: 3.5 s", "The shortest: 2."],
+    ),
 }
 
 
 def figures():
     """Every public function of the modules that returns a figure."""
-    for module in (plots, plots_links, plots_timeline):
+    for module in (plots, plots_links, plots_plan, plots_timeline):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and inspect.signature(function).return_annotation is Figure:
                 yield pytest.param(function, id=name)
