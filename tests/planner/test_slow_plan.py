@@ -1,7 +1,6 @@
 """What the planner ranks first is first when it runs: each choice of nine plans is trained for a few steps."""
 
 import os
-import statistics
 import textwrap
 from collections import defaultdict
 
@@ -28,7 +27,7 @@ MODULE = """
         layers += [nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(6), nn.Flatten()]
         return [*layers, nn.Linear(4608, 1024), nn.ReLU(), nn.Linear(1024, 10)]
 """
-LINKS, BATCHES, MICRO_BATCH = ("unlimited", "1gbit", "100mbit"), (32, 64, 128), 8  # so M is 2 to 16
+LINKS, BATCHES, MICRO_BATCH = ("unlimited", "1gbit", "100mbit"), (64, 128, 256), 16  # so M is 2 to 16
 
 
 def places(values):
@@ -52,8 +51,8 @@ def test_runs_take_the_order_that_is_planned(runs, tmp_path):
         for batch in BATCHES:
             plans = plan(linked, "hosts=2,devices=1,memory=8GB", batch, each=("stages", "zero_stage"))
             for choice in plans.choices:
-                run = launch(**choice.options(), hosts=2, link=link, steps=4, runs_dir=runs)
-                took, load = statistics.median(run.seconds[1:]), os.getloadavg()[0]
+                run = launch(**choice.options(), hosts=2, link=link, steps=8, runs_dir=runs)
+                took, load = min(run.seconds[1:]), os.getloadavg()[0]  # other work only makes a step longer
                 found[link, batch].append((choice.seconds, took))
                 error = choice.seconds / took - 1
                 print(
