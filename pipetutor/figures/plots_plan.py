@@ -55,7 +55,7 @@ def step_parts(steps: Mapping[str, Mapping[str, float]], label: str = "") -> Fig
     axes.set_xticks(range(len(steps)), list(steps), fontsize=9)
     axes.set_xlabel(label)
     axes.set_ylabel("seconds a step, mean of the ranks")
-    axes.margins(y=0.1)
+    axes.set_ylim(0, 1.1 * totals.max())
     axes.tick_params(axis="x", length=0)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], names[::-1], loc="outside right center", frameon=False, fontsize=9)
