@@ -176,10 +176,10 @@ def test_steps_on_two_hosts_take_what_is_predicted(runs):
         pytest.skip(str(refusal))
     config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}
     layouts = {"2 stages": (2, 1, [0, 16, 22]), "2 replicas": (1, 2, [0, 22])}
-    costs, errors = measure(micro_batch=8, ranks=2, runs_dir=runs), []
+    errors = []
     print(f"\n{machine.cpu_name()}, {machine.cpu_cores()} cores")
     for link in ("unlimited", "1gbit", "100mbit"):
-        linked = over(costs, hosts=2, link=link, runs_dir=runs)
+        linked = over(measure(micro_batch=8, ranks=2, runs_dir=runs), hosts=2, link=link, runs_dir=runs)
         for name, (stages, replicas, bounds) in layouts.items():
             shape = dict(stages=stages, replicas=replicas, partition=",".join(map(str, bounds)))
             run = launch(**shape, hosts=2, link=link, steps=5, config=config, runs_dir=runs)
