@@ -48,7 +48,7 @@ def test_runs_take_the_order_that_is_planned(runs, tmp_path):
     for link in LINKS:
         costs = measure(
             "planned:net", MICRO_BATCH, ranks=2, runs_dir=runs
-        )  # beside the runs: a machine's load changes
+        )  # beside the runs: the load changes
         linked = over(costs, hosts=2, link=link, runs_dir=runs)
         for batch in BATCHES:
             plans = plan(linked, "hosts=2,devices=1,memory=8GB", batch, each=("stages", "zero_stage"))
