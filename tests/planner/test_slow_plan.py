@@ -46,9 +46,7 @@ def test_runs_take_the_order_that_is_planned(runs, tmp_path):
     print(f"\n{machine.cpu_name()}, {machine.cpu_cores()} cores")
     found = defaultdict(list)
     for link in LINKS:
-        costs = measure(
-            "planned:net", MICRO_BATCH, ranks=2, runs_dir=runs
-        )  # beside the runs: the load changes
+        costs = measure("planned:net", MICRO_BATCH, ranks=2, runs_dir=runs)  # beside the runs: the load changes
         linked = over(costs, hosts=2, link=link, runs_dir=runs)
         for batch in BATCHES:
             plans = plan(linked, "hosts=2,devices=1,memory=8GB", batch, each=("stages", "zero_stage"))
