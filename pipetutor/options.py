@@ -97,6 +97,12 @@ class Options:
         Kind("a rate, and maybe a delay", lambda value: value is None or isinstance(value, str | dict), "'100mbit'"),
         f"what the network between these hosts lets through a second, such as {links.EXAMPLE}; no limit by default",
     )
+    hostfile: str | Path | None = option(
+        None,
+        "path?",
+        "start the ranks on the hosts of this file by ssh, as deepspeed --hostfile does: a line each, such as first "
+        "slots=2; they share the working directory and runs_dir",
+    )
     model: str = option(
         "alexnet",
         Kind("the name of a model, or of a function in a file ('mine:net')", KINDS["text"].fits, "'alexnet'"),

@@ -240,6 +240,9 @@ SCHEDULE = [
         "schedule/test_orders.py",
     ),
     Mutation("schedule/simulate.py", "left + costs.latency", "left", "schedule/test_simulate.py"),
+    Mutation("schedule/simulate.py", "max(self.burst, self.buffer)", "self.buffer", "schedule/test_simulate.py"),
+    Mutation("costs/links.py", "(ranks - 1) / ranks * size", "ranks / (ranks - 1) * size", "costs/test_links.py"),
+    Mutation("costs/links.py", "min(costs.bandwidth, useful / 8)", "useful / 8", "costs/test_links.py"),
 ]
 AROUND = [
     Mutation(
@@ -493,7 +496,45 @@ PLANNER = [
     ),
 ]
 
-MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *PLANNER]
+HOSTS = [
+    Mutation(
+        "processes/host.py",
+        "    kill_descendants()\n",
+        "",
+        "processes/test_hosts.py::test_whatever_is_killed_nothing_is_left",
+    ),
+    Mutation(
+        "processes/network.py",
+        "        *limits(link, interface),\n",
+        "",
+        "processes/test_hosts.py::test_a_link_lets_through_what_its_rate_allows_and_links_differ",
+    ),
+    Mutation(
+        "processes/host.py",
+        "if network == _network() else (-1, 0)",
+        "if network != _network() else (-1, 0)",
+        "processes/test_hosts.py::test_a_link_that_is_cut_is_told_with_who_waits_for_whom",
+    ),
+    Mutation(
+        "processes/supervise.py",
+        "cut = network.cut() if network else []",
+        "cut = []",
+        "processes/test_hosts.py::test_a_link_that_is_cut_is_told_with_who_waits_for_whom",
+    ),
+    Mutation(
+        "train/joining.py",
+        '    found["code of pipetutor"] = code_digest()\n',
+        "",
+        "processes/test_hosts.py::test_other_code_on_another_host_is_told",
+    ),
+    Mutation(
+        "system/links.py",
+        "pair not in pairs or pair in found",
+        "pair not in pairs",
+        "system/test_namespaces.py::test_a_pair_that_is_not_there_is_refused",
+    ),
+]
+MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER]
 
 
 def status(tests: str, mutation: Mutation | None = None) -> int:

@@ -176,7 +176,8 @@ def forget(directory: Path, rank: int, ranks: int) -> None:
         if number and (int(number[1]) == rank or (rank == 0 and int(number[1]) >= ranks)):
             path.unlink(missing_ok=True)
     if rank == 0:
-        (directory / "trace.json").unlink(missing_ok=True)
+        for name in ("trace.json", "end"):
+            (directory / name).unlink(missing_ok=True)
 
 
 def keep_until(directory: Path, step: int) -> None:

@@ -154,10 +154,10 @@ def _rank(rank: int, ranks: int, share: int, longest: int, count: int, directory
     def keep(name: str, value: Any) -> None:
         found[name] = value
         if rank == 0:
-            records.append(directory / ROWS, {"measured": name})
+            records.append(directory / ROWS, {"measured": name, "found": value})
 
-    sizes = (SMALL, longest // 2, longest)
-    keep("transfers", transfers(rank, sizes, peer=share, times=LINK_TIMES))
+    long_ones = transfers(rank, (longest // 2, longest), peer=share, times=LINK_TIMES)
+    keep("transfers", [*transfers(rank, (SMALL,), peer=share), *long_ones])
     keep("sent", sending(rank, longest, peer=share))
     keep("copies", copies())
     keep("sums", sums(rank, ranks, (1_000, count // 4, count), times=LINK_TIMES))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from pipetutor.figures.picture import COLOURS, STYLES, Picture, brief, in_our_style, plain
 from pipetutor.system.links import Link
@@ -32,8 +32,10 @@ def step_times(predicted: Times, measured: Times) -> Figure:
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(list(line), list(line.values()), STYLES[index % len(STYLES)], color=colour, label=f"{name}, theory")
         found = measured.get(name, {})
-        places = [edge if math.isinf(rate) else rate for rate in found]
-        axes.plot(places, list(found.values()), MARKS[index % len(MARKS)], color=colour, label=f"{name}, runs")
+        if found:
+            places = [edge if math.isinf(rate) else rate for rate in found]
+            mark = MARKS[index % len(MARKS)]
+            axes.plot(places, list(found.values()), mark, color=colour, label=f"{name}, runs")
         ends = [f"{brief(line[rate])} s at {Link(rate)}" for rate in (min(line), max(line))]
         seen = [f"{brief(seconds)} s at {Link(rate)}" for rate, seconds in found.items()]
         words.append(f"{name}: in theory {' and '.join(ends)}, in runs {', '.join(seen) or 'none'}")
@@ -44,8 +46,9 @@ def step_times(predicted: Times, measured: Times) -> Figure:
     labels = [f"{Link(rate)}" for rate in ticks] + ["no limit"] * unlimited
     axes.set_xticks([*ticks, *[edge] * unlimited], labels)
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("rate of the link, a second")
     axes.set_ylabel("seconds a step")
     axes.legend(frameon=False, fontsize=9)

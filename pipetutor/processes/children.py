@@ -51,6 +51,11 @@ class Process:
     ranks: Sequence[int] = ()
     host: int | None = None
 
+    @property
+    def elsewhere(self) -> bool:
+        """Say whether its ranks are on other machines, where nobody can kill them from here."""
+        return bool(self.ranks) and self.host is None
+
 
 def descendants() -> list[psutil.Process]:
     """Return every process that this one is responsible for."""

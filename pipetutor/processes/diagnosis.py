@@ -43,7 +43,7 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
         return _stalled(directory, [Beat(**beat) for beat in report["stalled"]], report)
     beats = {beat.rank: beat for beat in heartbeat.read(directory)}
     raised = {failure["rank"]: failure for failure in records.read_failures(directory)}
-    first = _failed_first(report["ended"], raised)
+    first = _failed_first(report["ended"], raised, beats)
     head, why = "the run did not end well", ""
     rank, code = first or (0, None)  # where none has failed, the first rank may have said why
     log = _log(directory, rank, report["ended"])
@@ -55,6 +55,8 @@ def diagnose(directory: Path, report: dict[str, Any]) -> str:
             how = f"{error} ({'then ended by ' + _name(code) if code and code < 0 else f'exit code {code or 1}'})"
         elif code and code < 0:
             how = f"killed by {_name(code)} (exit code {code})"
+        elif code is None:
+            how = "it is gone without a word, and the others have lost it"
         else:
             how = f"see its last lines (exit code {code})"
         dead = _dead_host(report["ended"], rank)
@@ -90,13 +92,14 @@ def _dead_host(ended: Sequence[dict[str, Any]], rank: int) -> int | None:
 
 
 def _failed_first(
-    ended: Sequence[dict[str, Any]], raised: dict[int, dict[str, Any]]
+    ended: Sequence[dict[str, Any]], raised: dict[int, dict[str, Any]], beats: dict[int, Beat]
 ) -> tuple[int, int | None] | None:
     """Return the rank that failed first and its exit code, or None where no rank has failed.
 
     Args:
         ended: the ranks that have ended, as the supervisor reports them.
         raised: what ranks raised; one may not have ended yet, and has no exit code.
+        beats: what all of them were doing.
     """
     codes: dict[int, int | None] = dict.fromkeys(raised) | {end["rank"]: end["code"] for end in ended}
     # A rank that raised failed when it said so; one that was killed, when it ended.
@@ -105,6 +108,9 @@ def _failed_first(
     if not failed:
         return None
     first = min(failed, key=lambda rank: (_is_consequence(raised.get(rank), codes[rank]), times[rank], rank))
+    silent = [rank for rank, beat in beats.items() if rank not in codes and beat.phase != "finished"]
+    if silent and _is_consequence(raised.get(first), codes[first]) == 2:  # the others miss one that has said nothing
+        return min(silent), None
     return first, codes[first]
 
 

@@ -26,7 +26,7 @@ from pipetutor.schedule.orders import Instruction
 from pipetutor.system.links import Link
 from pipetutor.system.namespaces import limits, tool
 
-__all__ = ["EXAMPLE", "KINDS", "Fault", "Injector"]
+__all__ = ["EXAMPLE", "KINDS", "OF_HOSTS", "Fault", "Injector"]
 
 KINDS = {
     "stall": "the rank stops moving",

@@ -3,6 +3,7 @@
     runs/20261124-101502-p2r1/
         heartbeat_rank0.json   step, instruction, micro-batch, the ranks it waits for, and since when
         stack_rank0.txt        the rank's Python stack, once somebody has asked for it
+        end                    there once all ranks are asked to end, also those on other machines
 
 A heartbeat is one line, overwritten in place: some microseconds, against the tenths of a second that an
 instruction takes. By the checksum at its end a reader knows that it has all of it. On a GPU it says what the rank has
@@ -14,9 +15,10 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +26,11 @@ from pathlib import Path
 from pipetutor.core.observer import Observer, Peers
 from pipetutor.schedule.orders import Instruction
 
-__all__ = ["Beat", "Heartbeat", "culprits", "read"]
+__all__ = ["Beat", "Heartbeat", "ask_to_end", "culprits", "end_with_run", "read"]
 
 STACK_SIGNAL = signal.SIGUSR1
 COLLECTIVES = ("ReduceGrads", "OptimizerStep", "AggregateLoss", "Barrier")
+END, LOOK_SECONDS = "end", 1.0
 _LOOKS = 3  # at a heartbeat that is being written
 
 
@@ -101,6 +104,29 @@ class Heartbeat(Observer):
             line = f'{text[:-1]}, "sum": {zlib.crc32(text.encode())}}}'
             self._width = max(self._width, len(line))  # blanks cover what is left of a longer one
             os.pwrite(self._file, line.ljust(self._width).encode(), 0)
+
+
+def ask_to_end(directory: Path, ended: Callable[[], bool] = lambda: False) -> None:
+    """Ask all ranks of a run to end, wherever they are: each looks for a file in the directory that they share.
+
+    Args:
+        directory: the run directory.
+        ended: waits for that, and says whether all have ended; else the file stays for those that come late.
+    """
+    (directory / END).touch()
+    if ended():
+        (directory / END).unlink()
+
+
+def end_with_run(directory: Path) -> None:
+    """End this process, a rank, as soon as somebody has asked all ranks of the run to end."""
+
+    def look() -> None:
+        while not (directory / END).exists():
+            time.sleep(LOOK_SECONDS)
+        os._exit(130)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def read(directory: Path) -> list[Beat]:

@@ -17,7 +17,7 @@ from pipetutor.processes.children import Process
 from pipetutor.processes.network import name
 from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import machine
-from pipetutor.system.links import Link
+from pipetutor.system.links import Link, hosts_of
 
 __all__ = ["ROWS", "do_job", "run_job"]
 
@@ -51,12 +51,10 @@ def run_job(
     """
     (directory / "logs").mkdir()
     command = [*machine.PYTHON, "-m", module, str(directory), records.to_json(asked)]
-    env, hosts = os.environ | environment, 1 + max(host for pair in links for host in pair) if links else 0
-    processes = [Process(command, env, f"{name(host)}.log", host=host) for host in range(hosts)]
-    rows = directory / ROWS
-    report = watch(
-        processes or [Process(command, env, "job.log")], directory, math.inf, rows, total, unit, describe, links
-    )
+    env, rows = os.environ | environment, directory / ROWS
+    processes = [Process(command, env, f"{name(host)}.log", host=host) for host in range(hosts_of(links or ()))]
+    processes = processes or [Process(command, env, "job.log")]
+    report = watch(processes, directory, math.inf, rows, total, unit, describe, links)
     if report["code"] != 0:
         first = next((end["log"] for end in report["ended"] if end["code"]), None)
         log = (directory / "logs" / first).read_text(errors="replace") if first else ""

@@ -13,7 +13,7 @@ from pipetutor.processes.environment import cpu_environment, free_port, rank_env
 from pipetutor.system import machine
 from pipetutor.system.gpus import gpus
 
-__all__ = ["deepspeed", "on_hosts", "on_this_machine"]
+__all__ = ["by_ssh", "deepspeed", "on_hosts", "on_this_machine"]
 
 HOSTFILE = Path("/job/hostfile")  # where DeepSpeed looks for other hosts unless it is told not to
 MODULE = ("--module", "pipetutor.train")
@@ -56,6 +56,21 @@ def _program() -> list[str]:
     if " " in str(here):  # the kernel cannot run a script whose first line names an interpreter with spaces
         return [sys.executable, "-m", "deepspeed.launcher.runner"]
     return ["deepspeed" if found and Path(found).parent == here.parent else str(here)]
+
+
+def by_ssh(words: Sequence[str], ranks: int, hostfile: str | Path, directory: Path) -> list[Process]:
+    """Return DeepSpeed's launcher as the one process that starts all ranks of a cluster, by pdsh and ssh.
+
+    Args:
+        words: of a rank's command line.
+        ranks: how many, of all hosts.
+        hostfile: the hosts, with the ranks of each.
+        directory: the run directory, which all of them share.
+    """
+    about = ["--hostfile", str(hostfile), "--force_multi", "--enable_each_rank_log", str(directory / "logs")]
+    command = [*_program(), *about, "--master_port", str(free_port()), *MODULE, *words]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # DeepSpeed hands on what begins with PYTHON
+    return [Process(command, environment, "launcher.log", ranks=list(range(ranks)))]
 
 
 def on_hosts(words: Sequence[str], ranks: int, hosts: int, directory: Path) -> list[Process]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipetutor.processes.children import Process
 from pipetutor.system import machine
-from pipetutor.system.links import Link
+from pipetutor.system.links import Link, hosts_of
 from pipetutor.system.namespaces import limits, tool
 
 __all__ = ["ENVIRONMENT", "Network", "address", "name"]
@@ -55,7 +55,7 @@ class Network:
 
     def __init__(self, links: Mapping[tuple[int, int], Link]):
         self._links = links
-        count = 1 + max(host for pair in links for host in pair)
+        count = hosts_of(links)
         self._hosts = [_begin(host, count) for host in range(count)]
         for begun in self._hosts:
             assert begun.stdout

@@ -17,6 +17,7 @@ supervisor sees to the end of all of them:
 One JSON object on standard output is its report. Standard library and psutil only.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -42,6 +43,7 @@ from pipetutor.system.links import Link
 __all__ = ["end_when_asked", "supervise"]
 
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
+END_SECONDS = 7.0  # for ranks on other machines to see that they are asked to end; less than watch.SUPERVISOR_SECONDS
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
 
 
@@ -111,14 +113,14 @@ class _Started:
     """A process that was started, and the ranks that it is or has started in turn."""
 
     def __init__(self, process: Process, ranks: Sequence[int], child: subprocess.Popen[bytes]):
-        self._process, self._child, self.ranks = process, child, ranks
+        self.process, self.child, self.ranks = process, child, ranks
         self._launches, self._gone = bool(process.ranks), dict[int, float]()
 
     def pids(self, beats: Sequence[heartbeat.Beat]) -> dict[int, int]:
         """Return the processes of those of its ranks that are on this machine."""
         if not self._launches:
-            return {self.ranks[0]: self._child.pid}
-        return {beat.rank: beat.pid for beat in beats if beat.rank in self.ranks and self._process.host is not None}
+            return {self.ranks[0]: self.child.pid}
+        return {beat.rank: beat.pid for beat in beats if beat.rank in self.ranks and not self.process.elsewhere}
 
     def look(self, beats: Sequence[heartbeat.Beat]) -> None:
         """Note which of its ranks are gone, before their launcher has noticed and ends the others."""
@@ -129,17 +131,26 @@ class _Started:
 
     def ended(self) -> list[dict[str, Any]]:
         """Return how its ranks have ended, if it has: a launcher ends with the code of the first that ended badly."""
-        if (code := self._child.poll()) is None:
+        if (code := self.child.poll()) is None:
             return []
         codes = dict.fromkeys(self.ranks, code)
         if self._launches and code:
             codes = dict.fromkeys(self.ranks, code - 256 if code > 255 - signal.NSIG else code)
             first = min(self._gone, key=self._gone.__getitem__, default=None)
             codes |= {rank: -signal.SIGTERM for rank in codes if first not in (None, rank)}
-        killed = self._process.host is not None and code == -signal.SIGKILL  # the host itself, not what runs on it
-        about = {"pid": self._child.pid, "log": self._process.log, "host": self._process.host, "killed": killed}
+        killed = self.process.host is not None and code == -signal.SIGKILL  # the host itself, not what runs on it
+        about = {"pid": self.child.pid, "log": self.process.log, "host": self.process.host, "killed": killed}
         now = time.time()
         return [{"rank": rank, "time": self._gone.get(rank, now), "code": codes[rank]} | about for rank in codes]
+
+
+def _all_end(children: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
+    """Wait so long at most until all of them have ended, and say whether they have."""
+    end = time.monotonic() + seconds
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, end - time.monotonic()))
+    return all(child.poll() is not None for child in children)
 
 
 def supervise(
@@ -201,6 +212,8 @@ def supervise(
         beating = {beat.rank for beat in stalled}
         heartbeat.ask_for_stacks(directory, {rank: pid for rank, pid in pids.items() if rank in beating})
         cut = network.cut() if network else []
+    if elsewhere := [one.child for one in running if one.process.elsewhere]:
+        heartbeat.ask_to_end(directory, lambda: _all_end(elsewhere, END_SECONDS))
     kill_descendants()
     bad = next((end["code"] for end in ended if end["code"]), None)
     code = 0 if not running and bad is None else bad

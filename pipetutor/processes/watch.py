@@ -19,6 +19,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from pipetutor.core import records
+from pipetutor.processes import heartbeat
 from pipetutor.processes.children import Process
 from pipetutor.system import machine, namespaces
 from pipetutor.system.links import Link
@@ -120,6 +121,8 @@ def watch(
         error = report.get("error") or f"its supervisor is gone{_ended(supervisor.returncode, said)}"
         with contextlib.suppress(OSError, ValueError):  # the record itself may be what is wrong
             records.close(directory, "failed")
+            if any(process.elsewhere for process in processes):
+                heartbeat.ask_to_end(directory)
         raise RunFailed(f"{directory.name} failed: {error}", directory)
     return report
 

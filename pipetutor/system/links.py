@@ -11,12 +11,12 @@ Standard library only.
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pipetutor.system.kinds import shown
 
-__all__ = ["EXAMPLE", "Link", "parse_links"]
+__all__ = ["EXAMPLE", "Link", "hosts_of", "parse_links"]
 
 EXAMPLE = "'100mbit', '1gbit 5ms' or {'0-1': '10gbit', 'others': '100mbit'}"
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -105,3 +105,8 @@ def parse_links(hosts: int, given: str | Mapping[str, str] | None) -> dict[tuple
             )
         found[pair] = link
     return {pair: found.get(pair, others or Link()) for pair in pairs}
+
+
+def hosts_of(links: Iterable[tuple[int, int]]) -> int:
+    """Return how many hosts links join, 0 for none."""
+    return max((1 + host for pair in links for host in pair), default=0)

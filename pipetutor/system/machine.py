@@ -1,5 +1,6 @@
 """What this machine has, and what one process may take of it. Without torch, but for ``bf16_is_native``."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import math
@@ -16,7 +17,7 @@ import psutil
 from pipetutor.system import cgroups
 from pipetutor.system.gpus import gpus
 
-__all__ = ["PYTHON", "bf16_is_native", "check", "cpu_cores", "cpu_name", "memory", "versions"]
+__all__ = ["PYTHON", "bf16_is_native", "check", "code_digest", "cpu_cores", "cpu_name", "memory", "versions"]
 
 PINNED = ("torch", "torchvision", "deepspeed", "numpy", "jupyterlab", "papermill")
 # How our processes begin. -P: a learner's file random.py, say, in the working directory is none of their modules.
@@ -66,6 +67,13 @@ def bf16_is_native() -> bool:
 def versions() -> dict[str, str]:
     """Return the installed version of each package that decides what a run computes."""
     return {name: importlib.metadata.version(name) for name in PINNED}
+
+
+def code_digest() -> str:
+    """Return a sum of this package's own files, so that hosts with other versions of it are told apart."""
+    root = Path(__file__).parents[1]
+    files = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in root.rglob("*.py"))
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
 
 
 def check() -> list[tuple[str, str, str]]:

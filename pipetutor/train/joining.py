@@ -22,13 +22,13 @@ from pipetutor.options import PROFILE, Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.describe import describe_here
 from pipetutor.processes.environment import free_port
-from pipetutor.processes.heartbeat import Heartbeat
+from pipetutor.processes.heartbeat import Heartbeat, end_with_run
 from pipetutor.processes.host import hosts_made
 from pipetutor.processes.starters import command
 from pipetutor.system import disk
 from pipetutor.system.gpus import gpus
 from pipetutor.system.kinds import check, whole
-from pipetutor.system.machine import cpu_cores, versions
+from pipetutor.system.machine import code_digest, cpu_cores, versions
 from pipetutor.system.named import Named
 from pipetutor.weights import check_weights
 
@@ -75,6 +75,7 @@ def what_must_agree(plan: Plan) -> dict[str, Any]:
     options = plan.options
     found = options.common() | {f"{name} of the config": value for name, value in plan.config.items()}
     found |= {f"version of {name}": value for name, value in versions().items()}
+    found["code of pipetutor"] = code_digest()
     for name, text in {"model": options.model, "data set": options.dataset}.items():
         if (named := Named.parse(text)).is_own:
             found[f"code of the {name}"] = named.source_digest()
@@ -123,6 +124,8 @@ def _take_directory(options: Options, directory: Path, rank: int) -> None:
         raise ValueError(f"--run-dir {directory} holds a run already ({held}): give another --run-dir{saved}")
     records.forget(directory, rank, int(os.environ.get("WORLD_SIZE", "1")))
     Heartbeat(directory, rank)  # who hangs while it joins the others has said so
+    if os.environ.get("CROSS_SIZE", "1") != "1" and not goes_on:  # else what is there may have been for a run before
+        end_with_run(directory)
 
 
 def unlaunched() -> list[str]:

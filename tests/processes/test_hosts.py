@@ -260,3 +260,16 @@ def test_a_refusal_on_another_host_is_told(runs, monkeypatch, tmp_path):
     said = str(failed.value)
     assert re.search(r"rank 1 on host1: version of numpy is 0\.0\.1 here and \S+ at the first rank: all hosts", said)
     assert time.monotonic() - began < 120
+
+
+def test_other_code_on_another_host_is_told(runs, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('CROSS_RANK') == '1' and 'RANK' in os.environ:\n"
+        "    from pathlib import Path\n"
+        "    read = Path.read_bytes\n"
+        "    Path.read_bytes = lambda path: b'#' + read(path) if path.name == 'loop.py' else read(path)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(RunFailed, match=r"rank 1 on host1: code of pipetutor is \w+ here and \w+ at the first rank"):
+        launch(stages=2, steps=3, hosts=2, runs_dir=runs, **TINY)
