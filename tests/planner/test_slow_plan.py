@@ -1,4 +1,4 @@
-"""What the planner ranks first is first when it runs: each choice of nine plans is trained for a few steps."""
+"""What the planner ranks first is first when it runs: each choice of six plans is trained for a few steps."""
 
 import os
 import textwrap
@@ -27,7 +27,7 @@ MODULE = """
         layers += [nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(6), nn.Flatten()]
         return [*layers, nn.Linear(4608, 1024), nn.ReLU(), nn.Linear(1024, 10)]
 """
-LINKS, BATCHES, MICRO_BATCH = ("unlimited", "1gbit", "100mbit"), (64, 128, 256), 16  # so M is 2 to 16
+LINKS, BATCHES, MICRO_BATCH = ("unlimited", "1gbit", "100mbit"), (64, 256), 16  # so M is 2 to 16
 
 
 def places(values):
@@ -37,21 +37,21 @@ def places(values):
 
 @pytest.mark.timeout(3600)
 def test_runs_take_the_order_that_is_planned(runs, tmp_path):
-    """Two stages, two replicas, and two with ZeRO-1, over three links and with three batches: 27 runs."""
+    """Two stages, two replicas, and two with ZeRO-1, over three links and with two batches: 18 runs."""
     try:
         check_hosts([Link(1e8)])
     except ValueError as refusal:
         pytest.skip(str(refusal))
     (tmp_path / "planned.py").write_text(textwrap.dedent(MODULE))
-    costs = measure("planned:net", MICRO_BATCH, ranks=2, runs_dir=runs)
     print(f"\n{machine.cpu_name()}, {machine.cpu_cores()} cores")
     found = defaultdict(list)
     for link in LINKS:
+        costs = measure("planned:net", MICRO_BATCH, ranks=2, runs_dir=runs)  # beside the runs: the load changes
         linked = over(costs, hosts=2, link=link, runs_dir=runs)
         for batch in BATCHES:
             plans = plan(linked, "hosts=2,devices=1,memory=8GB", batch, each=("stages", "zero_stage"))
             for choice in plans.choices:
-                run = launch(**choice.options(), hosts=2, link=link, steps=8, runs_dir=runs)
+                run = launch(**choice.options(), hosts=2, link=link, steps=6, runs_dir=runs)
                 took, load = min(run.seconds[1:]), os.getloadavg()[0]  # other work only makes a step longer
                 found[link, batch].append((choice.seconds, took))
                 error = choice.seconds / took - 1
@@ -69,5 +69,5 @@ def test_runs_take_the_order_that_is_planned(runs, tmp_path):
     lost = {link: firsts[link] / bests[link] - 1 for link in LINKS}
     print(f"Spearman's rank correlation of {len(took)} runs: {correlation:.3f}")
     print("first choices behind the best:", ", ".join(f"{link} {share:.1%}" for link, share in lost.items()))
-    assert len(took) == 27 and correlation >= 0.9
+    assert len(took) == 18 and correlation >= 0.9
     assert max(lost.values()) <= 0.1
