@@ -216,11 +216,11 @@ def test_the_house_is_small():
 
 @pytest.mark.parametrize("module", ["pipetutor", "pipetutor.preflight", "pipetutor.schedule.orders"])
 def test_what_a_kernel_loads_first_is_light(module):
-    script = f"import sys, time; began = time.perf_counter(); import {module}; print(time.perf_counter() - began); "
+    script = f"import sys, time; began = time.process_time(); import {module}; print(time.process_time() - began); "
     script += "assert not {'torch', 'deepspeed', 'numpy'} & {*sys.modules}"
     tried = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True) for _ in range(3)]
     assert not tried[0].returncode, tried[0].stderr
-    assert min(float(one.stdout) for one in tried) < 0.3, "the best of three: other work may hold one up"
+    assert min(float(one.stdout) for one in tried) < 0.3, "seconds of the processor: other work does not count"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
