@@ -118,8 +118,12 @@ def _world(options: Options, ranks: int) -> World:
     if options.hostfile is None:
         return World(ranks, ranks, gpus(ranks), options.hosts if options.hosts > 1 else 0)
     slots = read_hostfile(options.hostfile)
-    if options.hosts > 1:
-        raise ValueError(f"hosts is {options.hosts}, and hostfile {options.hostfile} names others: give one of them")
+    for name, value in (("hosts", options.hosts > 1), ("link", options.link)):
+        if value:
+            raise ValueError(
+                f"{name} is for hosts that a launch makes on this machine, and hostfile {options.hostfile} names "
+                "others: give one of them"
+            )
     if sum(slots.values()) != ranks:
         raise ValueError(
             f"hostfile {options.hostfile} has {counted(sum(slots.values()), 'slot')}, and {options.stages} x "

@@ -130,7 +130,7 @@ def _check_hosts(options: Options, world: World) -> None:
         raise ValueError(
             f"{world.hosts} hosts cannot share {counted(world.ranks, 'rank')} evenly: use "
             + (f"{fitting} hosts, or " if fitting else "")
-            + "more stages or replicas"
+            + ("more stages or replicas" if options.stages else "more replicas")
         )
 
 

@@ -127,7 +127,9 @@ def link(transfers: Sequence[Sized], sent: float) -> dict[str, float]:
         sent: seconds for which the longest one holds its sender.
     """
     (_, latency), (half, sooner), (longest, later) = transfers
-    bandwidth = (longest - half) / max(later - sooner, 1e-9)
+    if later <= sooner:  # as quick as each other, but for other work: no limit is to be seen
+        return {"latency": latency, "bandwidth": float("inf"), "burst": 0.0, "buffer": float(longest)}
+    bandwidth = (longest - half) / (later - sooner)
     burst, buffer = (longest - bandwidth * max(seconds - latency, 0.0) for seconds in (later, sent))
     return {"latency": latency, "bandwidth": bandwidth, "burst": max(burst, 0.0), "buffer": max(buffer, 0.0)}
 

@@ -18,6 +18,7 @@ LOOKS = {
     "all-reduce": ("#444444", "++++"),
     "optimizer": ("#0072B2", "----"),
     "bubble": ("#DDDDDD", ""),
+    "waiting": ("#BBBBBB", "xxxx"),
 }
 
 

@@ -23,8 +23,8 @@ def planned(
     Args:
         model: gpt3-175b, gpt2-xl:sequence=512, layers=24,width=1024,heads=16,sequence=1024,vocabulary=50257, or a
             directory with costs that python -m pipetutor costs wrote.
-        cluster: dgx-a100, dgx-a100:hosts=48, or hosts=2,devices=8,memory=80GB,flops=312T,inside=300GB/s,
-            between=25GB/s+5us; for measured costs hosts, devices and memory alone.
+        cluster: dgx-a100, dgx-h100:hosts=48, or hosts=2,devices=8,memory=80GB,flops=312T,inside=300GB/s,
+            between=25GB/s+5us, both of each device; for measured costs hosts, devices and memory alone.
         global_batch: examples of a step, all replicas together.
         tensor: devices of a host that share each layer.
         schedules: which may be played.

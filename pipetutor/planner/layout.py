@@ -13,7 +13,7 @@ __all__ = ["PARTS", "Choice", "Layout", "Placement"]
 
 # What a step is made of, for the mean of the ranks: useful work, forward passes once more, all-reduces within layers,
 # waiting, messages between stages, the mean of gradients over the replicas, the optimizer.
-PARTS = ("compute", "recompute", "tensor", "bubble", "messages", "all-reduce", "optimizer")
+PARTS = ("compute", "recompute", "tensor", "bubble", "waiting", "messages", "all-reduce", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ class Choice:
     model: str
 
     @property
-    def bubble(self) -> float:
-        """Share of the step that ranks wait, on average."""
-        return self.parts["bubble"] / self.seconds
+    def idle(self) -> float:
+        """Share of the step that ranks wait, on average: in the bubble, or for uneven stages and late messages."""
+        return (self.parts["bubble"] + self.parts["waiting"]) / self.seconds
 
     @property
     def examples_per_second(self) -> float:

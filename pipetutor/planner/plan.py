@@ -14,9 +14,15 @@ from pipetutor.processes.entry import briefly
 from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system.kinds import check, counted, list_of, named
 
-__all__ = ["PLAYED", "Plans", "plan", "problem_of"]
+__all__ = ["LEGEND", "PLAYED", "Plans", "plan", "problem_of"]
 
 PLAYED = ("1f1b", "interleaved_1f1b", "zero_bubble")
+LEGEND = (
+    "P stages, D replicas, M micro-batches of b examples, T devices that share a layer, v chunks; TFLOP/s, sent and "
+    "memory are of a device.\n"
+    "bubble: a pipeline of equal stages fills and drains; waiting: all other idling, for uneven stages or late "
+    "messages"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Plans:
 
     def __str__(self) -> str:
         """Return the table, and below it what does not fit."""
-        head = ["", "P", "D", "T", "b", "M", "schedule", "again", "ZeRO", "s/step", "bubble", "examples/s"]
+        head = ["", "P", "D", "T", "b", "M", "schedule", "recompute", "ZeRO", "s/step", "idle", "examples/s"]
         head += ["TFLOP/s", "sent GB", "memory GB", "loses to the one above by"]
         rows = [head]
         for place, choice in enumerate(self.choices):
@@ -69,7 +75,7 @@ class Plans:
                     *(str(place + 1), str(layout.stages), str(layout.replicas), str(layout.tensor)),
                     *(str(layout.micro_batch), str(layout.micro_batches), order),
                     *("yes" if layout.recompute else "", str(layout.zero_stage or ""), f"{choice.seconds:.4g}"),
-                    *(f"{choice.bubble:.1%}", f"{choice.examples_per_second:.4g}"),
+                    *(f"{choice.idle:.1%}", f"{choice.examples_per_second:.4g}"),
                     "" if choice.flops is None else f"{choice.flops / 1e12:.1f}",
                     *(f"{choice.sent / 1e9:.3g}", f"{choice.memory / 1e9:.3g}", self.reason(place)),
                 ]
@@ -87,6 +93,7 @@ class Plans:
                 for at, (cell, w) in enumerate(zip(row, wide, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
+        lines.append(LEGEND)
         lines += [
             f"does not fit: {misfit.layout}: needs {misfit.memory / 1e9:.3g} GB of {self.limit / 1e9:.3g}"
             for misfit in self.misfits
@@ -125,12 +132,18 @@ def problem_of(
                 "measured costs are planned for DeepSpeed's engine, which plays 1f1b and shares no layer between "
                 "devices: leave schedules and tensor out"
             )
+        if model.ranks != cluster.ranks:
+            raise ValueError(
+                f"{model.model} was measured with ranks={model.ranks}, and the cluster has "
+                f"{counted(cluster.ranks, 'device')}: what ranks take from each other is known for as many alone; "
+                f"measure with ranks={cluster.ranks}, or give a cluster of {counted(model.ranks, 'device')}"
+            )
         return Measured(model, cluster, global_batch)
     if cluster.devices % tensor:
         fitting = [number for number in range(1, cluster.devices + 1) if cluster.devices % number == 0]
         raise ValueError(
-            f"tensor is {tensor}, but the {counted(cluster.devices, 'device')} of a host, which the parts of a layer "
-            f"do not leave, are no multiple of it: use {', '.join(map(str, fitting))}"
+            f"tensor is {tensor}: a layer is shared by devices of one host, and its {cluster.devices} cannot be "
+            f"divided into groups of {tensor}: use {', '.join(map(str, fitting))}"
         )
     if model.heads % tensor:
         raise ValueError(
@@ -178,10 +191,13 @@ def plan(
     found = search(problem, top, each)
     ranks = problem.cluster.ranks
     if not found.layouts:
+        measured = (
+            f"; measured costs are of micro-batches of {model.micro_batch}" if isinstance(model, LayerCosts) else ""
+        )
         raise ValueError(
             f"no layout of {problem.name} has {counted(ranks, 'device')} and a global batch of {global_batch}: "
             "stages x replicas x tensor are the devices, replicas x micro-batch divide the batch, and each stage has "
-            "a layer with weights: use another batch or another number of devices"
+            f"a layer with weights{measured}: use another batch or another number of devices"
         )
     if not found.choices:
         nearest = found.misfits[0]

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from pipetutor.planner.bound import lower_bound
 from pipetutor.planner.cluster import Cluster
 from pipetutor.planner.layout import PARTS, Choice, Layout
-from pipetutor.schedule.orders import Instruction
+from pipetutor.schedule.orders import Instruction, idle_share
 from pipetutor.schedule.simulate import Costs, simulate
 
 __all__ = ["Found", "Misfit", "Problem", "judge", "search"]
@@ -86,11 +86,14 @@ def judge(problem: Problem, layout: Layout) -> Choice:
     timeline = max(timelines, key=lambda timeline: timeline.seconds)
     rows = timeline.accounting()
     mean = {column: sum(row[column] for row in rows) / len(rows) for column in rows[0]}
-    extra = problem.extra(layout)
+    extra, busy = problem.extra(layout), mean["compute"] + mean["load"] + mean["other"]
+    idle, slots = idle_share(layout.schedule, layout.stages, layout.micro_batches, layout.chunks)
+    bubble = min(mean["waiting"], busy * idle / (slots - idle))  # of equal stages; the rest is not the schedule's
     parts = {
-        "compute": mean["compute"] + mean["load"] + mean["other"] - sum(extra.values()),
+        "compute": busy - sum(extra.values()),
         **extra,
-        "bubble": mean["waiting"],
+        "bubble": bubble,
+        "waiting": mean["waiting"] - bubble,
         "messages": mean["transfer"],
         "all-reduce": mean["reduce"],
         "optimizer": mean["optimizer"],

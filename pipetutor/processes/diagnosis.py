@@ -182,7 +182,8 @@ def _stalled(directory: Path, beats: list[Beat], report: dict[str, Any]) -> str:
     if len(among) > 1:
         who = f"ranks {_list([beat.rank for beat in among])} wait for each other in a circle: rank {first.rank} is"
         if len(between := {beat.host for beat in among}) > 1:
-            who = f"{' and '.join(sorted(between))} reach each other, but what is sent may take long; {who}"
+            hosts = " and ".join(sorted(between))
+            who = f"either the link between {hosts} takes longer than that for a message, or {who}"
     elif len(culprits) < len(beats):
         who = f"rank {first.rank} holds the others up,"
     else:

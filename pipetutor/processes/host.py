@@ -74,7 +74,3 @@ def main() -> None:
         pass
     kill_descendants()
     sys.exit((code or 0) % 256)  # a signal's number below 0 as DeepSpeed's launcher hands it on
-
-
-if __name__ == "__main__":
-    main()

@@ -10,14 +10,14 @@ The same addresses serve every run, for no run sees another one's. With the last
 them the interfaces: nothing is left that would have to be removed. Standard library only.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from errno import ECONNREFUSED
+from errno import EHOSTUNREACH, ENETDOWN, ENETUNREACH
 from pathlib import Path
 
+from pipetutor.core import records
 from pipetutor.processes.children import Process
 from pipetutor.system import machine
 from pipetutor.system.links import Link, hosts_of
@@ -25,11 +25,12 @@ from pipetutor.system.namespaces import limits, tool
 
 __all__ = ["ENVIRONMENT", "Network", "address", "name"]
 
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "eth0"}  # each host has its address at every interface
-HOST = "pipetutor.processes.host"
+# Each host has its address at every interface. No name server is there, of which torch would warn in every log.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+HOST = "from pipetutor.processes.host import main; main()"
 PROBE = (
-    "import socket, sys; probe = socket.socket(); probe.settimeout(1); "
-    f"sys.exit(probe.connect_ex((sys.argv[1], 9)) not in (0, {ECONNREFUSED}))"
+    "import socket, sys; probe = socket.socket(); probe.settimeout(5); "
+    f"sys.exit(probe.connect_ex((sys.argv[1], 9)) in {(ENETDOWN, ENETUNREACH, EHOSTUNREACH)})"
 )
 
 
@@ -79,12 +80,15 @@ class Network:
         assert process.host is not None
         host = self._hosts[process.host]
         assert host.stdin
-        host.stdin.write(json.dumps(asdict(process) | {"log": str(log)}).encode() + b"\n")
+        host.stdin.write(records.to_json(asdict(process) | {"log": str(log)}).encode() + b"\n")
         host.stdin.flush()
         return host
 
     def cut(self) -> list[tuple[str, str]]:
-        """Return the pairs of hosts, by name, of which the first does not reach the second any more."""
+        """Return the pairs of hosts, by name, of which the first has no way to the second any more.
+
+        Where there is a way, but nobody answers in time, the link is slow: it is not cut.
+        """
         there = [number for number, host in enumerate(self._hosts) if host.poll() is None]
         probes = {
             (one, other): subprocess.Popen(
@@ -104,7 +108,7 @@ class Network:
 
 def _begin(host: int, count: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [tool("unshare"), "--net", "--uts", *machine.PYTHON, "-m", HOST, name(host), str(host), str(count)],
+        [tool("unshare"), "--net", "--uts", *machine.PYTHON, "-c", HOST, name(host), str(host), str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -44,6 +44,7 @@ __all__ = ["end_when_asked", "supervise"]
 
 PATIENCE_SECONDS = 180.0  # to load torch and join, to save, and to end, however short the deadline is
 END_SECONDS = 7.0  # for ranks on other machines to see that they are asked to end; less than watch.SUPERVISOR_SECONDS
+LAUNCHER_SECONDS = 10.0  # and for their launchers, who look once a second and are asked in turn
 GRACE_SECONDS = 4.0  # for the other ranks to end of themselves, and say why, after one has died
 
 
@@ -203,7 +204,7 @@ def supervise(
                 running.remove(one)
         failed = any(end["code"] for end in ended) or any(directory.glob("failure_rank*.json"))
         if failed and end == float("inf"):
-            end = time.monotonic() + GRACE_SECONDS
+            end = time.monotonic() + (LAUNCHER_SECONDS if any(p.ranks for p in processes) else GRACE_SECONDS)
         stalled = None if failed else progress.stalled()
     stopped, cut = [], []
     if stalled is not None:

@@ -32,7 +32,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        entry = re.fullmatch(r"\s*(\S+)\s+slots=([1-9]\d{0,5})\s*(?:#.*)?", line)
+        entry = re.fullmatch(r"\s*([^\s-]\S*)\s+slots=([1-9]\d{0,5})\s*(?:#.*)?", line)
         if not entry or entry[1] in found:
             what = f"{entry[1]} a second time" if entry else repr(line.strip()[:80])
             raise ValueError(f"hostfile {path} has in line {number} {what}: {NEEDED}")

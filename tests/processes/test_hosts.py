@@ -155,7 +155,7 @@ def child_of_test(directory: Path, *words: str) -> psutil.Process:
     ("words", "message"),
     [
         ([".supervise import main"], "its supervisor is gone"),
-        (["pipetutor.processes.host host1"], ""),
+        (["processes.host import main", "host1"], ""),
         (["begun", "--host=0"], ""),
     ],
     ids=["supervisor", "host", "launcher"],

@@ -17,6 +17,7 @@ def test_hosts_are_read_in_their_order(tmp_path):
         ("first\n", r"has in line 1 'first': give each host a line such as: first slots=2"),
         ("first slots=2\nfirst slots=2\n", "has in line 2 first a second time"),
         ("first slots=0\n", "has in line 1 'first slots=0'"),
+        ("-oProxyCommand=x slots=1\n", "has in line 1 '-oProxyCommand=x slots=1'"),
         ("# none\n", "has no hosts"),
         (b"\xff\xfe", "it is no text"),
         (None, "No such file or directory"),

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import types
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,11 @@ from conftest import HANGS, SMALL
 from pipetutor import launch
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
-from pipetutor.processes import environment
+from pipetutor.processes import environment, launchers
 from pipetutor.processes.describe import describe
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus, gpus
 
-launcher = import_module("pipetutor.launcher")  # whose name in the package is the function
 UUIDS = ("GPU-8d1e6f0a-1111", "GPU-8d2c3b4d-2222", "GPU-f00dcafe-3333", "GPU-f11dcafe-4444")
 MIG = ("MIG-0a1b2c3d-5555", "MIG-0a1b2c3d-6666")
 
@@ -264,10 +262,10 @@ def test_the_printed_command_names_the_devices_and_stays_on_this_host(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert shlex.join(launcher._deepspeed(2)).replace("'", "").startswith(f"{printed}--master_port")
+    assert shlex.join(launchers.deepspeed(2)).replace("'", "").startswith(f"{printed}--master_port")
     (tmp_path / "hostfile").write_text("another slots=2\n")
-    monkeypatch.setattr(launcher, "HOSTS", tmp_path / "hostfile")
-    assert "--hostfile /dev/null" in shlex.join(launcher._deepspeed(2))
+    monkeypatch.setattr(launchers, "HOSTFILE", tmp_path / "hostfile")
+    assert "--hostfile /dev/null" in shlex.join(launchers.deepspeed(2))
 
 
 def test_a_kernel_below_another_job_is_no_rank():
