@@ -127,8 +127,8 @@ def link(transfers: Sequence[Sized], sent: float) -> dict[str, float]:
         sent: seconds for which the longest one holds its sender.
     """
     (_, latency), (half, sooner), (longest, later) = transfers
-    if later <= sooner:  # as quick as each other, but for other work: no limit is to be seen
-        return {"latency": latency, "bandwidth": float("inf"), "burst": 0.0, "buffer": float(longest)}
+    if later <= sooner:  # other work has hidden the slope: the link is no slower than its longest message
+        return {"latency": latency, "bandwidth": longest / later, "burst": 0.0, "buffer": float(longest)}
     bandwidth = (longest - half) / (later - sooner)
     burst, buffer = (longest - bandwidth * max(seconds - latency, 0.0) for seconds in (later, sent))
     return {"latency": latency, "bandwidth": bandwidth, "burst": max(burst, 0.0), "buffer": max(buffer, 0.0)}
