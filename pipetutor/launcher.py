@@ -21,7 +21,7 @@ from pipetutor.processes.launchers import by_ssh, deepspeed, on_hosts, on_this_m
 from pipetutor.processes.watch import RunFailed, watch
 from pipetutor.system import disk
 from pipetutor.system.gpus import Gpus, gpus
-from pipetutor.system.hostfile import read_hostfile
+from pipetutor.system.hostfile import check_logins, read_hostfile
 from pipetutor.system.kinds import counted
 from pipetutor.system.links import parse_links
 from pipetutor.system.namespaces import check_hosts
@@ -134,6 +134,7 @@ def _world(options: Options, ranks: int) -> World:
             "hostfile: DeepSpeed reaches other hosts by pdsh, which is missing here: apt-get install pdsh, or start "
             "the command on each host yourself, deepspeed --no_ssh --node_rank N"
         )
+    check_logins(slots)
     most = max(slots.values())
     return World(ranks, most, Gpus(most))  # what GPUs hosts have is not known here: they refuse what they cannot do
 

@@ -7,13 +7,18 @@
 Standard library only.
 """
 
+import os
 import re
+import shlex
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipetutor.system import disk
 
-__all__ = ["read_hostfile"]
+__all__ = ["check_logins", "read_hostfile"]
 
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 NEEDED = "give each host a line such as: first slots=2"
 
 
@@ -40,3 +45,26 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     if not found:
         raise ValueError(f"hostfile {path} has no hosts: {NEEDED}")
     return found
+
+
+def check_logins(hosts: Iterable[str]) -> None:
+    """Raise ValueError unless ssh logs in to all of these hosts without a password, as pdsh will have to."""
+    more = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # where users give pdsh a port, say
+    asked = {
+        host: subprocess.Popen(
+            [*SSH, *more, host, "true"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in hosts
+    }
+    said = {host: login.communicate()[1].strip().splitlines() for host, login in asked.items()}
+    refused = [host for host, login in asked.items() if login.returncode]
+    if refused:
+        last = said[refused[0]][-1] if said[refused[0]] else f"status {asked[refused[0]].returncode}"
+        raise ValueError(
+            f"ssh does not log in to {', '.join(refused)} ({last}): each host of the hostfile must let you in "
+            f"without a password; try ssh {refused[0]} true"
+        )

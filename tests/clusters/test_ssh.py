@@ -92,3 +92,11 @@ def test_a_hostfile_that_does_not_fit_is_refused(sshd, runs):
     code = f"from pipetutor import launch; launch(stages=2, hostfile='hosts', **{TINY!r})"
     done = sshd[0].run(sys.executable, "-c", code)
     assert "hostfile hosts has 3 slots, and 2 x 1 stages and replicas are 2 ranks" in done.stderr
+
+
+def test_a_host_that_ssh_does_not_reach_is_named_before_anything_starts(sshd, runs):
+    Path("hosts").write_text("first slots=1\nnowhere slots=1\n")
+    code = f"from pipetutor import launch; launch(stages=2, hostfile='hosts', **{TINY!r})"
+    done = sshd[0].run(sys.executable, "-c", code)
+    assert "ValueError: ssh does not log in to nowhere (ssh: Could not resolve hostname nowhere" in done.stderr
+    assert "try ssh nowhere true" in done.stderr and not runs.exists()
