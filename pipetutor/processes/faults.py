@@ -173,8 +173,8 @@ def _happen(fault: Fault) -> None:
         interfaces = [name for _, name in socket.if_nameindex() if name != "lo"]
         for interface in interfaces:
             if fault.kind == "slow-link":
-                (command,) = limits(fault.rate, interface, "replace")
-                subprocess.run(command, check=True)
+                for command in limits(fault.rate, interface, "replace"):
+                    subprocess.run(command, check=True)
             else:  # a host that dies does not say so: no packet tells the others that its connections are closed
                 subprocess.run([tool("ip"), "link", "set", interface, "down"], check=True)
     if fault.kind == "die":

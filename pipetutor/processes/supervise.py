@@ -14,6 +14,10 @@ supervisor sees to the end of all of them:
 - It is told when one of its processes ends, so it knows which ended first, and with what.
 - It reads the ranks' heartbeats, and ends a run that no longer gets on.
 
+On several hosts DeepSpeed's launchers stand between. Hosts that were made for the run are processes below the
+supervisor (``host``, ``network``), so it sees the ranks on them as well; those of a cluster it asks to end, by a file
+that all of them see.
+
 One JSON object on standard output is its report. Standard library and psutil only.
 """
 

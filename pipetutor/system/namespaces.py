@@ -16,11 +16,8 @@ from pipetutor.system.links import Link
 
 __all__ = ["alone", "check_hosts", "limits", "tool"]
 
-OWN_USER = (
-    "--user",
-    "--map-current-user",
-    "--keep-caps",
-)  # files are written as who it is; what it may do is inherited
+# Files are written as who it is; what it may do to networks, its children may.
+OWN_USER = ("--user", "--map-current-user", "--keep-caps")
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
 PATH = "/usr/sbin:/sbin"  # where ip and tc are, which a user's PATH may not have
 SETTINGS = {
@@ -57,32 +54,18 @@ def limits(link: Link, interface: str, verb: str = "add") -> list[list[str]]:
     Args:
         link: its rate is kept by a token bucket, its delay by netem, which not every kernel has.
         interface: by its name.
-        verb: ``add``, or ``change`` for one that is limited already.
+        verb: ``add``, or ``replace`` for one that may be limited already.
     """
-    commands = []
+    commands, start = [], [tool("tc"), "qdisc", verb, "dev", interface]
     place = ["root", "handle", "1:"]
     if link.delay:
-        commands.append(
-            [
-                tool("tc"),
-                "qdisc",
-                verb,
-                "dev",
-                interface,
-                *place,
-                "netem",
-                "delay",
-                f"{link.delay * 1e6:.0f}us",
-                "limit",
-                "100000",
-            ]
-        )
+        commands.append([*start, *place, "netem", "delay", f"{link.delay * 1e6:.0f}us", "limit", "100000"])
         place = ["parent", "1:", "handle", "2:"]
     if link.rate < float("inf"):
         burst = max(LEAST_BURST, int(link.rate / 8 * BURST_SECONDS))
         queue = max(QUEUE_SECONDS, 8 * 2 * LEAST_BURST / link.rate)
         shape = ["tbf", "rate", f"{link.rate:.0f}bit", "burst", str(burst), "latency", f"{queue * 1e3:.0f}ms"]
-        commands.append([tool("tc"), "qdisc", verb, "dev", interface, *place, *shape])
+        commands.append([*start, *place, *shape])
     return commands
 
 
