@@ -22,7 +22,7 @@ import psutil
 
 from pipetutor.processes.children import INPUT, Attention, Process, adopt_orphans, kill_descendants, start
 
-__all__ = ["VARIABLE", "hosts_made", "is_mine", "main", "own_network"]
+__all__ = ["hosts_made", "is_mine", "main", "own_network"]
 
 VARIABLE = "PIPETUTOR_HOST"  # its number, how many there are, and the network namespace that was made for it
 

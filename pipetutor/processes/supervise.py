@@ -128,9 +128,9 @@ class _Started:
         return {beat.rank: beat.pid for beat in beats if beat.rank in self.ranks and not self.process.elsewhere}
 
     def look(self, beats: Sequence[heartbeat.Beat]) -> None:
-        """Note which of its ranks are gone, before their launcher has noticed and ends the others."""
+        """Note which of the ranks that it launches are gone, before it has noticed and ends the others."""
         training = [beat for beat in beats if beat.phase != "finished"]
-        for rank, pid in self.pids(training).items():
+        for rank, pid in self.pids(training).items() if self._launches else ():
             if _status(pid) is None:
                 self._gone.setdefault(rank, time.time())
 
@@ -197,10 +197,10 @@ def supervise(
     progress, killed = Progress(directory, ranks, deadline), cgroups.oom_kills()
     end, cancelled = float("inf"), False
     stalled: list[heartbeat.Beat] | None = None
-    running, ended = list(started), list[dict[str, Any]]()
+    running, ended, launched = list(started), list[dict[str, Any]](), any(process.ranks for process in processes)
     while running and time.monotonic() < end and stalled is None and not cancelled:
         cancelled = given_up(0.1)
-        beats = heartbeat.read(directory)
+        beats = heartbeat.read(directory) if launched else []  # of a rank of its own it is told that it has ended
         for one in list(running):
             one.look(beats)
             if how := one.ended():
@@ -208,7 +208,7 @@ def supervise(
                 running.remove(one)
         failed = any(end["code"] for end in ended) or any(directory.glob("failure_rank*.json"))
         if failed and end == float("inf"):
-            end = time.monotonic() + (LAUNCHER_SECONDS if any(p.ranks for p in processes) else GRACE_SECONDS)
+            end = time.monotonic() + (LAUNCHER_SECONDS if launched else GRACE_SECONDS)
         stalled = None if failed else progress.stalled()
     stopped, cut = [], []
     if stalled is not None:
