@@ -3,7 +3,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3; do $$name -Ec '$(RECENT)' 2> /dev/null && echo $$name && break; done)
 VENV ?= .venv
 READY := $(VENV)/.pipetutor-ready
-# Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 05_schedules"
+# Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 06_schedules"
 NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
 NUMBERS := certify/test_certify core/test_accumulate core/test_checkpoint core/test_clipping core/test_dropout \

@@ -272,8 +272,8 @@ def _assert_all_ran(page: Page, notebook: nbformat.NotebookNode) -> None:
 
 
 def test_the_slider_changes_the_figure(place):
-    notebook = read("05_schedules.ipynb", upto="explore(")
-    with jupyterlab(place, "05_schedules.ipynb", notebook) as page:
+    notebook = read("06_schedules.ipynb", upto="explore(")
+    with jupyterlab(place, "06_schedules.ipynb", notebook) as page:
         choose(page, "Run", "Run All Cells")
         cell = cell_of(page, len(notebook.cells) - 1)
         micro_batches = cell.locator(".widget-inline-hbox", has_text="M").locator(".noUi-handle")
