@@ -4,7 +4,8 @@ The checker plays streams in unit time, and says who waits for whom where they g
 by the same rules with costs. Standard library alone.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
@@ -24,6 +25,11 @@ LETTERS = {
 }
 
 
+PASSES = ("ForwardPass", "BackwardPass", "BackwardInput", "BackwardWeight")
+GRADIENT = ("BackwardPass", "BackwardInput")  # either makes the gradient that the stage before waits for
+TRANSFERS = ("LoadMicroBatch", *PARTNERS)
+
+
 class ScheduleError(ValueError):
     """A schedule that cannot run, or would not train what it says."""
 
@@ -32,72 +38,81 @@ class Form(NamedTuple):
     """What a schedule is made of, and so what each of its instructions has to wait for.
 
     Attributes:
-        ranks: number of streams P.
-        stages: number of stages of the model.
+        holders: the rank of each stage of the model; as many ranks as are in it.
         micro_batches: number of micro-batches M.
         full: loads, sends and receives are instructions.
-        split: every backward pass is split in two.
     """
 
-    ranks: int
-    stages: int
+    holders: tuple[int, ...]
     micro_batches: int
     full: bool
-    split: bool
 
-    @classmethod
-    def of(cls, names: Collection[str], ranks: int, stages: int, micro_batches: int) -> "Form":
-        """Tell from the instructions' names whether the streams are full, and whether backward passes are split."""
-        full = any(name in names for name in ("LoadMicroBatch", *PARTNERS))
-        return cls(ranks, stages, micro_batches, full, "BackwardInput" in names or "BackwardWeight" in names)
+    @property
+    def ranks(self) -> int:
+        """Number of ranks P."""
+        return max(self.holders) + 1
 
-    def work(self, stage: int) -> list[str]:
-        """Return the names of what the stage does for each micro-batch."""
+    @property
+    def stages(self) -> int:
+        """Number of stages of the model."""
+        return len(self.holders)
+
+    def around(self, stage: int) -> list[str]:
+        """Return the names of what the stage does for each micro-batch beside its passes."""
+        if not self.full:
+            return []
         first, last = stage == 0, stage == self.stages - 1
-        names = ["ForwardPass", *(("BackwardInput", "BackwardWeight") if self.split else ("BackwardPass",))]
-        if self.full and (first or last):
-            names.append("LoadMicroBatch")
-        if self.full and not first:
+        names = ["LoadMicroBatch"] if first or last else []
+        if not first:
             names += ["RecvActivation", "SendGrad"]
-        if self.full and not last:
+        if not last:
             names += ["SendActivation", "RecvGrad"]
         return names
 
-    def needs(self, name: str, stage: int) -> list[tuple[str, int]]:
-        """Return which names of which stages must have ended before; the neighbour's, if any, comes last."""
-        backward = "BackwardInput" if self.split else "BackwardPass"
+    def needs(self, name: str, stage: int) -> list[tuple[tuple[str, ...], int]]:
+        """Return what must have ended before: names, of which one will do, and their stage; the neighbour's last."""
         if name == "ForwardPass" and self.full:
-            return [(other, stage) for other in ("LoadMicroBatch", "RecvActivation") if other in self.work(stage)]
+            wanted = self.around(stage)
+            return [((other,), stage) for other in ("LoadMicroBatch", "RecvActivation") if other in wanted]
         if name == "ForwardPass":
-            return [(name, stage - 1)] if stage else []
-        if name == backward and stage < self.stages - 1:
-            return [("ForwardPass", stage), ("RecvGrad", stage) if self.full else (backward, stage + 1)]
-        if name in (backward, "SendActivation"):
-            return [("ForwardPass", stage)]
-        return [(backward, stage)] if name in ("BackwardWeight", "SendGrad") else []
+            return [((name,), stage - 1)] if stage else []
+        if name in GRADIENT and stage < self.stages - 1:
+            return [(("ForwardPass",), stage), (("RecvGrad",), stage) if self.full else (GRADIENT, stage + 1)]
+        if name in (*GRADIENT, "SendActivation"):
+            return [(("ForwardPass",), stage)]
+        return [(GRADIENT, stage)] if name in ("BackwardWeight", "SendGrad") else []
+
+
+def _names(form: Form, stage: int, micro_batch: int, place: Mapping[Instruction, int]) -> list[str]:
+    """Return what the stage does for a micro-batch, with its backward pass whole or in halves as it stands there."""
+    halves = ("BackwardInput", "BackwardWeight")
+    split = any(Instruction(name, stage, micro_batch) in place for name in halves)
+    return ["ForwardPass", *(halves if split else ("BackwardPass",)), *form.around(stage)]
 
 
 def _check_rank(form: Form, rank: int, stream: Sequence[Instruction]) -> None:
     place: dict[Instruction, int] = {}
     for number, instruction in enumerate(stream):
         name, stage, micro_batch = instruction
+        where = f"rank {rank}, instruction {number}: "
         if name not in LETTERS and name not in STEP:
-            names = ", ".join([*LETTERS, *STEP])
-            raise ScheduleError(f"rank {rank}, instruction {number}: unknown instruction {name!r}: use {names}")
-        if stage % form.ranks != rank:
-            raise ScheduleError(
-                f"rank {rank}, instruction {number}: {instruction}, but of {form.ranks} ranks, "
-                f"rank {stage % form.ranks} holds stage {stage}"
-            )
+            raise ScheduleError(f"{where}unknown instruction {name!r}: use {', '.join([*LETTERS, *STEP])}")
         if micro_batch is None:
             known = name in STEP and stage == rank
         else:
-            known = name in form.work(stage) and stage >= 0 and micro_batch >= 0
+            known = (
+                name not in STEP and (name in PASSES or name in form.around(stage)) and min(stage, micro_batch) >= 0
+            )
         if not known:
+            does = ", ".join([*PASSES, *form.around(stage)])
             raise ScheduleError(
-                f"rank {rank}, instruction {number}: {instruction} does not belong here: a stage does "
-                f"{', '.join(form.work(stage))} for micro-batches 0, 1, ..., and rank {rank} does {', '.join(STEP)}, "
-                f"of stage {rank} and micro-batch None, for the whole step"
+                f"{where}{instruction} does not belong here: a stage does {does} for micro-batches 0, 1, ..., and "
+                f"rank {rank} does {', '.join(STEP)}, of stage {rank} and micro-batch None, for the whole step"
+            )
+        if micro_batch is not None and form.holders[stage] != rank:
+            raise ScheduleError(
+                f"{where}{instruction}, but rank {form.holders[stage]} holds stage {stage}: a stage and its "
+                "weights are on one rank, so let one of them run all its passes"
             )
         if instruction in place:
             raise ScheduleError(
@@ -105,21 +120,12 @@ def _check_rank(form: Form, rank: int, stream: Sequence[Instruction]) -> None:
                 "it would count twice; remove one"
             )
         place[instruction] = number
-    for stage in range(rank, form.stages, form.ranks):
+    mine = [stage for stage, holder in enumerate(form.holders) if holder == rank]
+    if not mine:
+        raise ScheduleError(f"rank {rank} runs no pass of any stage: give it one of the stages, or leave it out")
+    for stage in mine:
         for micro_batch in range(form.micro_batches):
-            for name in form.work(stage):
-                this = Instruction(name, stage, micro_batch)
-                if this not in place:
-                    raise ScheduleError(
-                        f"rank {rank} never runs {this}: add it, for all {form.micro_batches} micro-batches count"
-                    )
-                for other in form.needs(name, stage):
-                    needed = Instruction(*other, micro_batch)
-                    if place.get(needed, -1) > place[this]:
-                        raise ScheduleError(
-                            f"rank {rank} runs {this} (instruction {place[this]}) before {needed} (instruction "
-                            f"{place[needed]}), but needs its result: swap them"
-                        )
+            _check_micro_batch(form, rank, stage, micro_batch, place)
     begun = [instruction.name for instruction in stream if instruction.micro_batch is None]
     ends = all(instruction.micro_batch is None for instruction in stream[-len(begun) :])
     if begun[-1:] != ["OptimizerStep"] or begun != sorted(begun, key=STEP.index) or not ends:
@@ -129,23 +135,49 @@ def _check_rank(form: Form, rank: int, stream: Sequence[Instruction]) -> None:
         )
 
 
+def _check_micro_batch(form: Form, rank: int, stage: int, micro_batch: int, place: Mapping[Instruction, int]) -> None:
+    """Raise unless the stage does all that it has to do for a micro-batch, after what it needs of its own rank."""
+    names = _names(form, stage, micro_batch, place)
+    whole = Instruction("BackwardPass", stage, micro_batch)
+    if "BackwardInput" in names and whole in place:
+        raise ScheduleError(
+            f"rank {rank} runs {whole} and a half of the same pass: its gradients would count twice; keep the whole "
+            "or both halves"
+        )
+    for name in names:
+        this = Instruction(name, stage, micro_batch)
+        if this not in place:
+            raise ScheduleError(
+                f"rank {rank} never runs {this}: add it, for all {form.micro_batches} micro-batches count"
+            )
+        for others, at in form.needs(name, stage):
+            for needed in (Instruction(other, at, micro_batch) for other in others):
+                if place.get(needed, -1) > place[this]:
+                    raise ScheduleError(
+                        f"rank {rank} runs {this} (instruction {place[this]}) before {needed} (instruction "
+                        f"{place[needed]}), but needs its result: swap them"
+                    )
+
+
 def _slots(form: Form, streams: Sequence[Sequence[Instruction]]) -> Iterator[list[Instruction | None]]:
     """Play the streams in unit time: one row for each slot, with what each rank does in it (None: it waits)."""
     place = [0] * len(streams)
     done: set[Instruction] = set()
-    needs = {(name, stage): form.needs(name, stage) for stage in range(form.stages) for name in form.work(stage)}
 
     def waits_for(instruction: Instruction) -> list[Instruction]:
         name, stage, micro_batch = instruction
-        missing = [Instruction(*other, micro_batch) for other in needs.get((name, stage), ())]
-        missing = [other for other in missing if other not in done]
+        if micro_batch is None:
+            return []
+        wanted = [[Instruction(o, at, micro_batch) for o in others] for others, at in form.needs(name, stage)]
+        missing = [next(filter(known, each), each[0]) for each in wanted if done.isdisjoint(each)]
         if name in PARTNERS:
             partner, step = PARTNERS[name]
             peer = Instruction(partner, stage + step, micro_batch)
-            if heads[peer.stage % form.ranks] != peer:
+            if heads[form.holders[peer.stage]] != peer:
                 missing.append(peer)
         return missing
 
+    known = {instruction for stream in streams for instruction in stream}.__contains__
     while True:
         heads = [stream[at] if at < len(stream) else None for stream, at in zip(streams, place, strict=True)]
         if not any(heads):
@@ -154,7 +186,7 @@ def _slots(form: Form, streams: Sequence[Sequence[Instruction]]) -> Iterator[lis
         if not any(row):
             stuck = [
                 f"rank {rank} stands at {head} and waits for {waits_for(head)[0]} "
-                f"on rank {waits_for(head)[0].stage % form.ranks}"
+                f"on rank {form.holders[waits_for(head)[0].stage]}"
                 for rank, head in enumerate(heads)
                 if head
             ]
@@ -170,10 +202,20 @@ def _slots(form: Form, streams: Sequence[Sequence[Instruction]]) -> Iterator[lis
 
 
 def _form(streams: Sequence[Sequence[Instruction]]) -> Form:
-    every = [instruction for stream in streams for instruction in stream]
-    stages = max((instruction.stage for instruction in every), default=-1) + 1
+    """Tell from the streams which rank holds which stage: the one that runs most of its passes."""
+    ranks: dict[int, Counter[int]] = {}
+    for rank, stream in enumerate(streams):
+        for instruction in stream:
+            if instruction.micro_batch is not None:
+                ranks.setdefault(instruction.stage, Counter())[rank] += 1
+    every = {instruction for stream in streams for instruction in stream}
+    stages = max(ranks, default=-1) + 1
+    for stage in range(stages):
+        if stage not in ranks:
+            raise ScheduleError(f"no rank runs stage {stage}, and one runs stage {stages - 1}: each stage has a rank")
     micro_batches = max((i.micro_batch for i in every if i.micro_batch is not None), default=-1) + 1
-    return Form.of({instruction.name for instruction in every}, len(streams), stages, micro_batches)
+    full = any(instruction.name in TRANSFERS for instruction in every)
+    return Form(tuple(ranks[stage].most_common(1)[0][0] for stage in range(stages)), micro_batches, full)
 
 
 def check(streams: Sequence[Sequence[Instruction]]) -> None:
@@ -183,8 +225,9 @@ def check(streams: Sequence[Sequence[Instruction]]) -> None:
         streams: one for each rank; compute streams or full streams.
 
     Raises:
-        ScheduleError: an instruction is missing, unknown, on the wrong rank or there twice, comes before one
-            of its own rank that it needs, or after ``OptimizerStep``; or ranks wait for each other for ever.
+        ScheduleError: an instruction is missing, unknown or there twice, comes before one of its own rank that it
+            needs, or after ``OptimizerStep``; a stage is on two ranks or on none; or ranks wait for each other for
+            ever.
 
     >>> from pipetutor.schedule.orders import build
     >>> check(build("1f1b", 4, 8))
@@ -205,7 +248,7 @@ def picture(streams: Sequence[Sequence[Instruction]]) -> str:
         streams: one for each rank.
 
     Returns:
-        Text such as F3 (forward, micro-batch 3) or, where ranks hold several stages, 5F3 (on stage 5). B is
+        Text such as F3 (forward, micro-batch 3) or, where rank r does not hold stage r alone, 5F3 (on stage 5). B is
         a backward pass or its input half, W its weight half, "." a slot of waiting.
 
     Raises:
@@ -218,9 +261,10 @@ def picture(streams: Sequence[Sequence[Instruction]]) -> str:
     """
     form = _form(streams)
     passes = [[i for i in stream if i.micro_batch is not None] for stream in streams]
+    numbered = form.holders != tuple(range(len(streams)))
     rows = []
     for row in _slots(form, passes):
-        chunk = [str(i.stage) if i and form.stages > form.ranks else "" for i in row]
+        chunk = [str(i.stage) if i and numbered else "" for i in row]
         cells = [f"{c}{LETTERS[i.name]}{i.micro_batch}" if i else "." for c, i in zip(chunk, row, strict=True)]
         rows.append(cells)
     width = max(len(cell) for cells in rows for cell in cells)

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
-from pipetutor.schedule.rules import LETTERS, Form, check
+from pipetutor.schedule.rules import LETTERS, PASSES, TRANSFERS, Form, check
 from pipetutor.schedule.timeline import CODE, KINDS, SPAN, Timeline
 
 __all__ = ["Costs", "simulate"]
@@ -103,11 +103,15 @@ class Costs:
         """Return the seconds from sending to arrival between stage ``boundary`` and the next, on a free wire."""
         return self.latency + self.wire(boundary)
 
-    def seconds(self, ranks: int, full: bool) -> np.ndarray:
+    def seconds(self, holders: Sequence[int], full: bool) -> np.ndarray:
         """Return the cost of each instruction: a row for each of ``KINDS``, a column for each stage.
 
-        What concerns the whole step is the rank's business: in the column of its first stage stands the sum
-        over the stages that it holds.
+        What concerns the whole step is the rank's business: in the column of rank r stands the sum over the stages
+        that it holds.
+
+        Args:
+            holders: the rank of each stage.
+            full: loads are instructions.
         """
         table = np.zeros((len(KINDS), len(self.forward)))
         table[CODE["ForwardPass"]] = self.forward
@@ -123,7 +127,7 @@ class Costs:
         }
         for name, costs in once.items():
             for stage, cost in enumerate(costs):
-                table[CODE[name], stage % ranks] += cost
+                table[CODE[name], holders[stage]] += cost
         for boundary in range(len(self.forward) - 1):
             sent = self.latency + self._beyond(max(self.burst, self.buffer), boundary)
             for name, stage in (("SendActivation", boundary), ("SendGrad", boundary + 1)):
@@ -170,44 +174,57 @@ class _Program(NamedTuple):
         whole = ~passes & np.isin(self.code, [CODE[name] for name in STEP]) & (self.stage == self.rank)
         if not (passes | whole).all() or not passes.any() or self.stage.min() < 0:
             self.refuse()
-        names = {self.names[code] for code in np.unique(self.code)}
-        stages, micro_batches = (int(column.max()) + 1 for column in (self.stage, self.micro_batch))
-        return Form.of(names, len(self.start) - 1, stages, micro_batches)
+        stages, micro_batches = (int(column[passes].max()) + 1 for column in (self.stage, self.micro_batch))
+        if stages > np.count_nonzero(passes):
+            self.refuse()
+        holders = np.full(stages, NONE)
+        holders[self.stage[passes]] = self.rank[passes]
+        if (holders[self.stage[passes]] != self.rank[passes]).any() or len({*holders}) != len(self.start) - 1:
+            self.refuse()
+        full = np.isin(self.code, [CODE[name] for name in TRANSFERS]).any()
+        return Form(tuple(holders.tolist()), micro_batches, bool(full))
 
     def links(self, form: Form, costs: Costs) -> "_Links":
         """Find what each instruction needs, whom it meets, and what it sends."""
         count = len(self.code)
         passes = self.micro_batch != NONE
-        where = {CODE[name]: np.full((form.stages, form.micro_batches), NONE) for name in LETTERS}
-        for code, table in where.items():
-            chosen = np.flatnonzero(passes & (self.code == code))
+        where = {name: np.full((form.stages, form.micro_batches), NONE) for name in LETTERS}
+        for name, table in where.items():
+            chosen = np.flatnonzero(passes & (self.code == CODE[name]))
             table[self.stage[chosen], self.micro_batch[chosen]] = chosen
+        count_of = {name: table != NONE for name, table in where.items()}
+        if sum(map(np.count_nonzero, count_of.values())) != np.count_nonzero(passes):
+            self.refuse()
+        halves = count_of["BackwardInput"]
+        whole = (
+            count_of["ForwardPass"] & (halves == count_of["BackwardWeight"]) & (halves != count_of["BackwardPass"])
+        )
+        if not whole.all():
+            self.refuse()
         links = _Links(
             need=np.full(count, NONE),
             remote=np.zeros(count, bool),
             partner=np.arange(count),
-            way=np.full(count, 2),
+            way=np.full(count, NONE),
             wire=np.zeros(count),
         )
-        expected = 0
-        for stage in range(form.stages):
-            rows = {name: where[CODE[name]][stage] for name in form.work(stage)}
-            expected += sum(map(len, rows.values()))
-            for name, row in rows.items():
-                if row.min() == NONE or (self.rank[row] != stage % form.ranks).any():
+        for stage, holder in enumerate(form.holders):
+            around = form.around(stage)
+            for name, table in where.items():
+                given = table[stage] != NONE
+                if name not in PASSES and not (given.all() if name in around else not given.any()):
                     self.refuse()
-                for other, at in form.needs(name, stage):
-                    theirs = where[CODE[other]][at]
+                row = table[stage][given]
+                for others, at in form.needs(name, stage):
+                    theirs = np.max([where[other][at] for other in others], axis=0)[given]
                     links.need[row] = np.maximum(links.need[row], theirs) if at == stage else theirs
-                    if at % form.ranks != stage % form.ranks:
+                    if form.holders[at] != holder:
                         links.remote[row] = True
-                        links.way[theirs] = int(at > stage)
+                        links.way[theirs] = holder
                         links.wire[theirs] = costs.wire(min(at, stage))
-                if name in PARTNERS:
+                if name in PARTNERS and given.any():
                     other, step = PARTNERS[name]
-                    links.partner[row] = where[CODE[other]][stage + step]
-        if expected != np.count_nonzero(passes):
-            self.refuse()
+                    links.partner[row] = where[other][stage + step][given]
         return links
 
 
@@ -217,7 +234,7 @@ class _Links(NamedTuple):
     need: np.ndarray  # what must have ended before, or NONE
     remote: np.ndarray  # whether that comes as a message, from another rank
     partner: np.ndarray  # the other end of a Send or Recv; any other instruction is its own
-    way: np.ndarray  # of the message that it makes: 0 to the next stage, 1 to the one before, 2 for none
+    way: np.ndarray  # the rank that its message goes to; NONE, the last place, where it makes none
     wire: np.ndarray  # seconds for which that message occupies the wire
 
 
@@ -226,8 +243,8 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
 
     In a full stream a send and its receive meet: both end a message's time after the later of the two began,
     and the earlier one waits. Of a message that the system holds for it, the send ends earlier. In a compute stream
-    transfers happen in the background: a rank has one wire to the next rank and one to that before, and a message
-    leaves as soon as it is made and the wire is free. A rank that has nothing else to do meanwhile spends the time in
+    transfers happen in the background: a rank has a wire to each other rank, and a message leaves as soon as it is
+    made and the wire is free. A rank that has nothing else to do meanwhile spends the time in
     a span ``RecvActivation`` or ``RecvGrad``: it waits until the message is made, and counts as transfer what comes
     then. A rank that ends early waits in ``AggregateLoss``.
 
@@ -251,14 +268,14 @@ def simulate(streams: Iterable[Iterable[Instruction]], costs: Costs) -> Timeline
     if len(costs.forward) != form.stages:
         raise ValueError(f"costs for {len(costs.forward)} stages, but the schedule has {form.stages}: give as many")
     need, remote, partner, way, wire = program.links(form, costs)
-    cost = costs.seconds(form.ranks, form.full)[program.code, program.stage]
+    cost = costs.seconds(form.holders, form.full)[program.code, program.stage]
     begin, start = np.zeros(len(cost)), np.zeros(len(cost))
     # NaN: not yet. The last place, NONE, is what needs nothing: it ended before everything.
     end = np.full(len(cost) + 1, np.nan)
     end[NONE] = -np.inf
     arrive = end.copy()  # when its message is there
     clock = np.zeros(form.ranks)
-    free = np.zeros((form.ranks, 3))  # from when on a rank's wires are free; the third is for what sends nothing
+    free = np.zeros((form.ranks, form.ranks + 1))  # from when on a rank's wires are free; the last is no wire
     at, stop = program.start[:-1].copy(), program.start[1:]
     # A round runs the next instruction of every rank that has what it needs and whose partner has arrived:
     #
@@ -298,7 +315,7 @@ def _timeline(
 ) -> Timeline:
     """Write the spans: the instructions, the waits before them, and the wait for the last rank."""
     forward = program.code == CODE["ForwardPass"]
-    release = program.code == CODE["BackwardWeight" if form.split else "BackwardPass"]
+    release = np.isin(program.code, [CODE["BackwardWeight"], CODE["BackwardPass"]])
     kept = np.array(costs.activation_bytes or (0.0,) * form.stages)[program.stage] * (forward * 1 - release * 1)
     live = np.concatenate(
         [np.cumsum(kept[low:high]) for low, high in zip(program.start, program.start[1:], strict=False)]

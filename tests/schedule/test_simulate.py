@@ -394,7 +394,7 @@ def test_what_is_there_twice_is_refused():
 def test_an_instruction_on_another_rank_is_refused():
     streams = build("gpipe", 2, 2)
     streams[0][0], streams[1][0] = streams[1][0], streams[0][0]
-    with pytest.raises(ScheduleError, match="of 2 ranks, rank 1 holds stage 1"):
+    with pytest.raises(ScheduleError, match="rank 1 holds stage 1"):
         simulate(streams, Costs.equal(2))
 
 
