@@ -19,6 +19,7 @@ from pipetutor.processes.diagnosis import diagnose
 from pipetutor.processes.entry import briefly
 from pipetutor.processes.launchers import by_ssh, deepspeed, on_hosts, on_this_machine
 from pipetutor.processes.watch import RunFailed, watch
+from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system import disk
 from pipetutor.system.gpus import Gpus, gpus
 from pipetutor.system.hostfile import check_logins, read_hostfile
@@ -74,11 +75,14 @@ def launch(options: Options) -> Run:  # noqa: D417 (its arguments are the option
     try:
         (directory / "logs").mkdir()
         records.write_json(directory / "config.json", plan.config)
+        if plan.schedule not in SCHEDULES:
+            (directory / "schedule.csv").write_text(plan.schedule)
+            told = replace(told, schedule=_short(directory / "schedule.csv"))
         processes, typed = _start(replace(told, backend=plan.backend if here else options.backend), ranks, directory)
         records.update(directory, command=typed, **plan.record())
     except OSError as error:
         raise ValueError(disk.cannot(f"write the run to {directory}", error, "give another runs_dir")) from None
-    explained = explain(plan.config, options.stages, options.replicas, options.schedule, options.chunks)
+    explained = explain(plan.config, options.stages, options.replicas, plan.schedule, options.chunks)
     for line in filter(None, [explained, plan.notice, table, typed]):
         print(line)
     lines, total = directory / records.STEPS, options.steps - plan.done

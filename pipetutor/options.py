@@ -191,10 +191,16 @@ class Options:
         "schedule",
         "--engine",
     )
-    schedule: str = option(
+    schedule: str | Path | Callable[..., Any] | list[Any] = option(
         "1f1b",
-        tuple(SCHEDULES),
-        f"in which order a rank computes: {', '.join(SCHEDULES)}; DeepSpeed's engine runs 1f1b",
+        Kind(
+            f"{', '.join(SCHEDULES)}, or your own: a function, a text or a file",
+            lambda value: callable(value) or (isinstance(value, str | Path | list | tuple) and bool(value)),
+            f"{next(iter(SCHEDULES))!r}",
+        ),
+        f"in which order a rank computes: {', '.join(SCHEDULES)}; or your own, in which a rank holds the stages it "
+        "runs: a text such as 'F0 F1 B0 B1 / F0 B0 F1 B1', a file with it or with torch's CSV, and from Python a "
+        "function of ranks, micro_batches and rank; see pipetutor.schedule.text. DeepSpeed's engine runs 1f1b",
         "--schedule",
     )
     chunks: int = option(

@@ -5,7 +5,8 @@ the same words. No torch: it answers in milliseconds, unless a run on the CPU as
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,10 +19,13 @@ from pipetutor.core.partition import Layer, bounds_for, check_stages, parameters
 from pipetutor.core.plan import Plan
 from pipetutor.options import PROFILE, Options
 from pipetutor.processes.faults import Fault
-from pipetutor.schedule.orders import idle_share
+from pipetutor.schedule.orders import SCHEDULES, idle_share
+from pipetutor.schedule.rules import check as check_schedule
+from pipetutor.schedule.rules import placement
+from pipetutor.schedule.text import csv, streams_of
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
-from pipetutor.system.kinds import check, counted
+from pipetutor.system.kinds import check, closest, counted
 from pipetutor.system.network import check_network
 
 __all__ = ["World", "preflight"]
@@ -71,8 +75,9 @@ def preflight(options: Options, world: World, about: Description) -> Plan:
     check("ranks", world.ranks, "count")
     config = read_config(options.config, options.dtype)
     layers = about.layers
-    bounds = _bounds(options, layers, world.ranks)
+    _check_stages(options, layers, world.ranks)
     batch = _batch(options, config, world.ranks, about.data.train)
+    options, played = _schedule(options, batch)
     _check_hosts(options, world)
     _check_optimizer(options, config)
     backend, notices = _backend(options, config, world)
@@ -81,25 +86,27 @@ def preflight(options: Options, world: World, about: Description) -> Plan:
         _check_memory(options.model, layers, config, batch.replicas)
     if options.fault is not None:
         Fault.parse(options.fault).check(world.ranks, options.stages, options.steps, done, world.hosts)
-    _check_engine(options, batch, config)
+    notices += played
     if (half := half_precision(config)) and backend == "gloo" and not machine.bf16_is_native():  # it loads torch
         notices.append(f"{half}: {SLOW}")
-    return Plan(
+    plan = Plan(
         options=options,
         config=config,
         batch=batch,
-        bounds=bounds,
+        bounds=[],
         layers=tuple(layers),
         data=about.data,
         backend=backend,
         done=done,
         notice="\n".join(notices),
     )
+    _check_engine(plan)
+    return replace(plan, bounds=_bounds(plan)) if options.stages else plan
 
 
-def _bounds(options: Options, layers: Sequence[Layer], ranks: int) -> list[int]:
-    """Return the cut, or none where there is nothing to cut, or it is to be measured."""
-    stages, chunks, partition = options.stages, options.chunks, options.partition
+def _check_stages(options: Options, layers: Sequence[Layer], ranks: int) -> None:
+    """Refuse numbers of stages, chunks and ranks that do not go together."""
+    stages, chunks = options.stages, options.chunks
     if not stages and (options.schedule != "1f1b" or chunks > 1):
         raise ValueError(
             "stages is 0, and the baseline has no schedule and no chunks: leave them out (schedule, chunks), or use "
@@ -110,16 +117,70 @@ def _bounds(options: Options, layers: Sequence[Layer], ranks: int) -> list[int]:
             f"chunks is {chunks}, but {options.schedule} gives each rank one stage: schedule='interleaved_1f1b' "
             "(--schedule interleaved_1f1b) takes more"
         )
-    if not stages:
-        if partition != "parameters":
-            raise ValueError(
-                f"partition {partition} says where to cut a pipeline, and stages is 0: leave it out, or use 1 or more"
-            )
-        return []
-    check_stages(layers, stages * chunks)
-    if ranks % stages:
+    if not stages and options.partition != "parameters":
+        raise ValueError(
+            f"partition {options.partition} says where to cut a pipeline, and stages is 0: leave it out, or use 1 or "
+            "more"
+        )
+    if stages:
+        check_stages(layers, stages * chunks)
+    if stages and ranks % stages:
         raise ValueError(_other_numbers(ranks, stages))
-    return [] if partition == PROFILE else bounds_for(layers, stages * chunks, partition)
+
+
+def _schedule(options: Options, batch: Batch) -> tuple[Options, list[str]]:
+    """Check a schedule of one's own; return the options with it as a text, and what playing it says."""
+    schedule = options.schedule
+    if isinstance(schedule, str) and schedule in SCHEDULES:
+        return options, []
+    if isinstance(schedule, Path) or (isinstance(schedule, str) and len(schedule.split()) == 1):
+        schedule = _read_schedule(Path(schedule))
+    streams = streams_of(schedule, options.stages, batch.accumulation)
+    check_schedule(streams)
+    holders = placement(streams)
+    if len(streams) != options.stages:
+        raise ValueError(
+            f"the schedule is for {counted(len(streams), 'rank')}, and stages is {options.stages}: write a row a "
+            f"rank, or give stages={len(streams)} (-p {len(streams)})"
+        )
+    micro_batches = 1 + max(i.micro_batch for i in streams[0] if i.micro_batch is not None)
+    if micro_batches != batch.accumulation:
+        raise ValueError(
+            f"the schedule has {counted(micro_batches, 'micro-batch')}, and a train batch of {batch.train} in "
+            f"micro-batches of {batch.micro} has {batch.accumulation}: change the schedule, or the config, with "
+            f"train_batch_size {batch.micro * micro_batches}, say"
+        )
+    from pipetutor.schedule import simulate, timeline  # numpy: loaded only by who brings a schedule
+
+    played = simulate.simulate(streams, simulate.Costs.equal(len(holders)))
+    held = [peak.micro_batches for peak in timeline.peak_live(played)]
+    notice = (
+        f"your schedule: {counted(len(holders), 'stage')} of equal work idle {played.bubble:.1%} of each step, if a "
+        f"backward pass is two forward passes long; at most {counted(max(held), 'micro-batch')} in flight on a rank"
+    )
+    return replace(options, schedule=csv(streams)), [notice]
+
+
+def _read_schedule(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        close = closest(str(path), list(SCHEDULES), 0.4) or next(iter(SCHEDULES))
+        raise ValueError(
+            f"unknown schedule {str(path)!r}, and no file: try {close!r} (there is {', '.join(SCHEDULES)}), or write "
+            "one of your own, such as 'F0 F1 B0 B1 / F0 B0 F1 B1'"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"schedule {path} cannot be read ({error}): give a text file, with a row for each rank"
+        ) from None
+
+
+def _bounds(plan: Plan) -> list[int]:
+    """Return the cut, or none where it is to be measured."""
+    stages, partition = len(plan.placement), plan.options.partition
+    check_stages(plan.layers, stages)
+    return [] if partition == PROFILE else bounds_for(plan.layers, stages, partition)
 
 
 def _check_hosts(options: Options, world: World) -> None:
@@ -270,24 +331,29 @@ def _check_memory(model: str, layers: Sequence[Layer], config: dict[str, Any], r
         )
 
 
-def _check_engine(options: Options, batch: Batch, config: dict[str, Any]) -> None:
+def _check_engine(plan: Plan) -> None:
     """Refuse what the engine does not run."""
+    options, own = plan.options, "" if plan.schedule in SCHEDULES else "a schedule of one's own"
     if options.engine == "deepspeed" and options.schedule != "1f1b":
         raise ValueError(
-            f"DeepSpeed's engine runs 1f1b, not {options.schedule}: engine='torch' (--engine torch) runs it"
+            f"DeepSpeed's engine runs 1f1b, not {own or plan.schedule}: engine='torch' (--engine torch) runs it"
         )
-    if config.get("pipeline", {}).get("activation_checkpoint_interval"):
+    if plan.config.get("pipeline", {}).get("activation_checkpoint_interval"):
         raise ValueError(
             "pipeline.activation_checkpoint_interval: with DeepSpeed's own recomputing, running statistics take in "
             "each micro-batch twice; leave it out, and recompute with recompute=True (--recompute)"
         )
     if options.recompute and not options.stages:
         raise ValueError("recompute is for the stages of a pipeline, and stages is 0: leave it out, or use 1 or more")
-    if options.recompute and options.schedule == "zero_bubble":
-        raise ValueError("zero_bubble cannot recompute: it would compute a stage once more for each weight; use 1f1b")
+    if options.recompute and any(i.name == "BackwardWeight" for stream in plan.streams for i in stream):
+        raise ValueError(
+            f"{own or plan.schedule} cannot recompute: it splits backward passes, and would compute a stage anew for "
+            "each half; use 1f1b"
+        )
     if options.engine == "torch":
-        _check_torch_runs(options, batch, config)
-        idle_share(options.schedule, options.stages, batch.accumulation, options.chunks)
+        _check_torch_runs(options, plan.batch, plan.config)
+        if not own:
+            idle_share(plan.schedule, options.stages, plan.batch.accumulation, options.chunks)
 
 
 def _check_torch_runs(options: Options, batch: Batch, config: dict[str, Any]) -> None:

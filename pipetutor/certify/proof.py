@@ -30,7 +30,7 @@ from pipetutor.data import loader
 from pipetutor.data.fetch import DATA_DIR
 from pipetutor.processes.forks import forked, meet
 from pipetutor.processes.job import do_job
-from pipetutor.schedule.orders import Instruction
+from pipetutor.schedule.orders import Instruction, build
 from pipetutor.system.uncompiled import torchvision
 
 __all__ = ["CONTROLS", "TOLERANCE", "Case", "compare", "reference"]
@@ -246,7 +246,7 @@ def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
     from pipetutor.core.torch_engine import TorchPipeline
 
     inputs, _ = loader.example(loader.load(case.dataset, True, -1, DATA_DIR), MICRO_BATCH)
-    return TorchPipeline(model, "1f1b", bounds, config, inputs)
+    return TorchPipeline(model, build("1f1b", case.stages, case.micro_batches), bounds, config, inputs)
 
 
 def _momenta(engine: Any) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def explain(config: dict[str, Any], stages: int, replicas: int = 1, schedule: st
         config: a whole DeepSpeed config, from ``read_config``.
         stages: pipeline stages P; 0 for the data-parallel baseline.
         replicas: data-parallel copies.
-        schedule: a name of ``pipetutor.schedule.orders.SCHEDULES``.
+        schedule: a name of ``pipetutor.schedule.orders.SCHEDULES``; of others there is no formula.
         chunks: stages of the model on each rank.
 
     Raises:
@@ -86,7 +86,7 @@ def explain(config: dict[str, Any], stages: int, replicas: int = 1, schedule: st
     whose = "it is the pipeline's M" if stages else "gradients of so many micro-batches are added up, then one step"
     m = batch.accumulation
     lines = [str(batch), f"gradient accumulation {m} = {batch.train} / ({batch.micro} x {replicas}): {whose}"]
-    if stages:
+    if stages and schedule in FORMULAS:
         idle, slots = idle_share(schedule, stages, m, chunks)
         lines.append(
             f"P = {stages}, M = {m}: stages of equal work idle {FORMULAS[schedule]} = {idle}/{slots} = "

@@ -30,7 +30,8 @@ from pipetutor.core.engine import After, Batches, Before, Kept, others, own_devi
 from pipetutor.core.model import Model
 from pipetutor.core.recompute import StageLayers
 from pipetutor.core.tied import Tied, TiedSums
-from pipetutor.schedule.orders import Instruction, build
+from pipetutor.schedule.orders import Instruction
+from pipetutor.schedule.rules import placement
 
 __all__ = ["TorchPipeline", "build_optimizer"]
 
@@ -79,22 +80,30 @@ class _Watch:
 
 
 class _Source:
-    """The micro-batches of a step; the first and the last stage read the same one where a rank holds both."""
+    """The micro-batches of a step, in whatever order stages come to them; a rank may hold the first and the last."""
 
     def __init__(self, watch: _Watch, device: torch.device, shared: bool):
         self._watch, self._device, self._shared = watch, device, shared
-        self._kept: dict[int, list[torch.Tensor]] = {}
-        self.data: Batches = iter(())
+        self._loaded: dict[int, list[torch.Tensor]] = {}
+        self._data: Batches = iter(())
+        self._count = 0
+
+    def begin(self, data: Batches) -> None:
+        """Read the next step's micro-batches from here."""
+        self._data, self._count = data, 0
 
     def part(self, index: int, stage: int, number: int) -> torch.Tensor:
-        """Return the images (0) or the labels (1) of a micro-batch; called in the order of micro-batches."""
-        if number in self._kept:
-            return self._kept.pop(number)[index]
-        with self._watch("LoadMicroBatch", stage, number):
-            found = [part.to(self._device) for part in next(self.data)]
-        if self._shared:
-            self._kept[number] = found
-        return found[index]
+        """Return the images (0) or the labels (1) of a micro-batch; a stage asks for each once."""
+        if number >= self._count:
+            with self._watch("LoadMicroBatch", stage, number):
+                for loaded in range(self._count, number + 1):  # those before it are read for later
+                    self._loaded[loaded] = [part.to(self._device) for part in next(self._data)]
+                self._count = number + 1
+        parts = self._loaded[number]
+        found, parts[index] = parts[index], torch.empty(0)
+        if not self._shared or index == 1:  # the last stage comes to it later than the first
+            del self._loaded[number]
+        return found
 
 
 class _Stage(PipelineStage):
@@ -155,25 +164,48 @@ class _Receives(dict[tuple[int, int], list[dist.Work]]):
         return []
 
 
+class _Runtime(runtime._PipelineScheduleRuntime):
+    """torch's runtime, with the loss of each micro-batch under its number.
+
+    torch keeps losses in the order in which they come. Where micro-batches come to the last stage in another order,
+    it takes a wrong one for a backward pass: without a word, if there are so many already.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._losses: dict[int, torch.Tensor] = {}
+
+    def _maybe_compute_loss(self, stage: _Stage, output: torch.Tensor, _: Any, number: int, __: Any = None) -> None:
+        if stage.is_last:
+            self._losses[number] = output  # which is the loss already
+
+    def _maybe_get_loss(self, stage: _Stage, number: int) -> torch.Tensor | None:
+        return self._losses[number] if stage.is_last else None
+
+    def _update_losses(self, _: Any, losses: list[torch.Tensor]) -> None:
+        losses[:] = self._losses.values()
+        self._losses.clear()
+
+
 class TorchPipeline:
     """One rank of a pipeline; see ``pipetutor.core.engine.Engine``.
 
-    Rank r of P holds the stages r, r + P, r + 2P and so on. All ranks are one pipeline: there are no replicas.
+    A rank holds the stages that its stream runs. All ranks are one pipeline: there are no replicas.
 
     Args:
         model: this rank's layers of it are built.
-        schedule: a name of ``pipetutor.schedule.orders.SCHEDULES``.
-        bounds: of all stages of the model: as many as ranks, or a multiple of that.
+        streams: the schedule, a compute stream for each rank.
+        bounds: of all stages of the model.
         config: a whole DeepSpeed config; Adam, AdamW or SGD.
         recompute: keep only what enters a stage, and compute the rest once more in the backward pass.
         inputs: of a micro-batch, on ``meta``. Told beforehand, the shapes of what the stages send need not be found
             by running the whole model once more ahead of the first step.
 
     Raises:
-        ValueError: the optimizer, stages and ranks, or schedule and ``recompute`` do not fit.
+        ValueError: the optimizer does not fit, or the numbers of stages, ranks and micro-batches do not.
 
-    >>> images = torch.empty(8, 3, 224, 224, device="meta")
-    >>> engine = TorchPipeline(model, "gpipe", [0, 16, 22], read_config(None), images)  # doctest: +SKIP
+    >>> images, streams = torch.empty(8, 3, 224, 224, device="meta"), build("gpipe", 2, 32)
+    >>> engine = TorchPipeline(model, streams, [0, 16, 22], read_config(None), images)  # doctest: +SKIP
     >>> loss = engine.train_batch(micro_batches)  # doctest: +SKIP
     """
 
@@ -184,7 +216,7 @@ class TorchPipeline:
     def __init__(
         self,
         model: Model,
-        schedule: str,
+        streams: Sequence[Sequence[Instruction]],
         bounds: Sequence[int],
         config: dict[str, Any],
         inputs: torch.Tensor,
@@ -192,16 +224,18 @@ class TorchPipeline:
     ):
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._last = len(bounds) - 2
-        if (self._last + 1) % self._ranks:
-            raise ValueError(f"{self._last + 1} stages cannot be shared evenly by {self._ranks} ranks")
-        if recompute and schedule == "zero_bubble":
-            raise ValueError("zero_bubble cannot recompute: each weight would do it anew; use 1f1b")
-        self.is_first = self._rank == 0
+        self._holders = placement(streams)
+        if len(streams) != self._ranks or len(self._holders) != self._last + 1:
+            raise ValueError(
+                f"the schedule is for {len(self._holders)} stages on {len(streams)} ranks, and there are "
+                f"{self._last + 1} stages and {self._ranks} ranks"
+            )
+        self.is_first = self._rank == self._holders[0]
         self.device = own_device()
         self.batch = batch_arithmetic(config, replicas=1)
         self._watch = _Watch()
-        self._source = _Source(self._watch, self.device, shared=self._ranks == 1)
-        if schedule != "zero_bubble":  # it asks autograd for gradients of weights alone
+        self._source = _Source(self._watch, self.device, shared=self._holders[0] == self._holders[-1])
+        if not any(i.name == "BackwardWeight" for i in streams[self._rank]):  # autograd is asked for weights alone
             accumulate_in_place(model.layers)
         # The output is no view, whatever lies behind a cut, and contiguous: see StageLayers.
         passed = [
@@ -209,9 +243,8 @@ class TorchPipeline:
             for x in crossing(model, inputs)
         ]
         self._model, self.loss_fn = model, model.loss_fn
-        self._spans = {
-            stage: (bounds[stage], bounds[stage + 1]) for stage in range(self._rank, self._last + 1, self._ranks)
-        }
+        mine = [stage for stage, holder in enumerate(self._holders) if holder == self._rank]
+        self._spans = {stage: (bounds[stage], bounds[stage + 1]) for stage in mine}
         self._stages: dict[int, Any] = {}
         for stage, (low, high) in self._spans.items():
             layers = model.layers[low:high]
@@ -225,7 +258,7 @@ class TorchPipeline:
         self.optimizer = build_optimizer(config, [p for p in state if isinstance(p, nn.Parameter)])
         self._clip = config.get("gradient_clipping", 0.0)
         self._sending: dict[runtime._Action, tuple[list[dist.P2POp], list[dist.Work]]] = {}
-        self._runtime = self._prepare(schedule)
+        self._runtime = self._prepare(streams)
 
     def _tie(self, bounds: Sequence[int]) -> list[tuple[nn.Module, dist.ProcessGroup]]:
         """Return the modules of which other ranks have copies, each with the group of those that have one."""
@@ -233,7 +266,7 @@ class TorchPipeline:
         modules: dict[str, nn.Module] = {}
         for index, layer in enumerate(self._model.layers):
             if isinstance(layer, Tied):
-                holders.setdefault(layer.key, set()).add((bisect.bisect(bounds, index) - 1) % self._ranks)
+                holders.setdefault(layer.key, set()).add(self._holders[bisect.bisect(bounds, index) - 1])
                 modules[layer.key] = layer.module
         found = []
         for key, ranks in holders.items():
@@ -255,18 +288,13 @@ class TorchPipeline:
                     if parameter.grad is not None:
                         dist.all_reduce(parameter.grad, group=group)
 
-    def _prepare(self, schedule: str) -> Any:
-        streams = build(schedule, self._ranks, self.batch.accumulation, len(self._stages))
+    def _prepare(self, streams: Sequence[Sequence[Instruction]]) -> Any:
         orders: dict[int, list[runtime._Action | None]] = {
             rank: [runtime._Action(i.stage, COMPUTE[i.name], i.micro_batch) for i in stream if i.name in COMPUTE]
             for rank, stream in enumerate(streams)
         }
-        executor = runtime._PipelineScheduleRuntime(
-            list(self._stages.values()),
-            self.batch.accumulation,
-            loss_fn=lambda loss, _: loss,  # the last stage's output is the loss already
-            scale_grads=False,
-        )
+        stages, never = list(self._stages.values()), lambda *_: None
+        executor = _Runtime(stages, self.batch.accumulation, loss_fn=never, scale_grads=False)
         executor._prepare_schedule_with_comms(orders)
         executor.fwd_recv_ops = _Receives(partial(self._wait, "RecvActivation", -1))
         executor.bwd_recv_ops = _Receives(partial(self._wait, "RecvGrad", 1))
@@ -276,7 +304,7 @@ class TorchPipeline:
         return executor
 
     def _wait(self, name: str, towards: int, stage: int, number: int | None, works: Sequence[dist.Work]) -> None:
-        with self._watch(name, stage, number, [(stage + towards) % self._ranks]):
+        with self._watch(name, stage, number, [self._holders[stage + towards]]):
             for work in works:
                 work.wait()
 
@@ -312,7 +340,7 @@ class TorchPipeline:
         Returns:
             The mean loss over the micro-batches, on every rank.
         """
-        self._source.data = data_iter
+        self._source.begin(data_iter)
         losses: list[torch.Tensor] = []
         unused = [None] * self.batch.accumulation  # a stage reads its labels itself
         self._runtime.step(target_mbs=unused, losses=losses, return_outputs=False)
@@ -323,7 +351,7 @@ class TorchPipeline:
                 clip_gradients(trained["params"], self._clip, self.device, dist.group.WORLD)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        source = self._last % self._ranks
+        source = self._holders[-1]
         with self._watch("AggregateLoss", self._rank, None, others() if self._rank == source else [source]):
             loss = torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
             dist.broadcast(loss, source)

@@ -299,5 +299,5 @@ def cut(plan: Plan, ranks: int) -> tuple[Plan, str]:
         dataset=options.dataset,
         data_dir=options.data_dir,
     )
-    bounds = choose(costs, options.stages * options.chunks, micro_batches, recompute=options.recompute)
+    bounds = choose(costs, len(plan.placement), micro_batches, recompute=options.recompute)
     return replace(plan, bounds=bounds), table(costs, bounds, micro_batches, recompute=options.recompute)

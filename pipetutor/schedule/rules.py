@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
 
-__all__ = ["LETTERS", "ScheduleError", "check", "picture"]
+__all__ = ["LETTERS", "ScheduleError", "check", "picture", "placement"]
 
 LETTERS = {
     "ForwardPass": "F",
@@ -216,6 +216,16 @@ def _form(streams: Sequence[Sequence[Instruction]]) -> Form:
     micro_batches = max((i.micro_batch for i in every if i.micro_batch is not None), default=-1) + 1
     full = any(instruction.name in TRANSFERS for instruction in every)
     return Form(tuple(ranks[stage].most_common(1)[0][0] for stage in range(stages)), micro_batches, full)
+
+
+def placement(streams: Sequence[Sequence[Instruction]]) -> tuple[int, ...]:
+    """Return the rank that holds each stage of the model.
+
+    >>> from pipetutor.schedule.orders import build
+    >>> placement(build("interleaved_1f1b", 2, 2, chunks=2))
+    (0, 1, 0, 1)
+    """
+    return _form(streams).holders
 
 
 def check(streams: Sequence[Sequence[Instruction]]) -> None:

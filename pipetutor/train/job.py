@@ -78,7 +78,7 @@ def main() -> None:
         del store  # that of the process group has taken over
         if plan.backend == "nccl":
             torch.cuda.set_device(options.local_rank)
-        say(explain(plan.config, options.stages, plan.batch.replicas, options.schedule, options.chunks))
+        say(explain(plan.config, options.stages, plan.batch.replicas, plan.schedule, options.chunks))
         for line in filter(None, [plan.notice, table]):
             say(line)
         if directory and rank == 0:

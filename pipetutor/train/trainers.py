@@ -120,17 +120,17 @@ def train_pipe(args: argparse.Namespace, part: str = "parameters") -> Any:
     plan = _agreed(args)
     options, bounds = plan.options, plan.bounds
     if part != "parameters":
-        bounds = bounds_for(plan.layers, options.stages * options.chunks, part)
+        bounds = bounds_for(plan.layers, len(plan.placement), part)
     observers, rank = _observers(options), dist.get_rank()
-    first = rank if options.engine == "torch" else rank // plan.batch.replicas
-    stages = range(first, len(bounds) - 1, options.stages)
+    place = rank if options.engine == "torch" else rank // plan.batch.replicas  # among those of its pipeline
+    stages = [stage for stage, holder in enumerate(plan.placement) if holder == place]
     model = _model(options, [range(bounds[stage], bounds[stage + 1]) for stage in stages])
     if options.engine == "torch":
         from pipetutor.core.torch_engine import TorchPipeline  # torch's pipelining, with the compiler that it loads
 
         shape, dtype = (plan.batch.micro, *plan.data.shape), getattr(torch, plan.data.dtype)
         inputs = torch.empty(shape, dtype=dtype, device="meta")
-        engine = TorchPipeline(model, options.schedule, bounds, plan.config, inputs, options.recompute)
+        engine = TorchPipeline(model, plan.streams, bounds, plan.config, inputs, options.recompute)
         Loop(plan, engine, observers).run(engine.train_batch)
         return engine
     pipe = Pipeline(model, options.stages, ",".join(map(str, bounds)), plan.config, options.recompute)

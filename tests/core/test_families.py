@@ -19,6 +19,7 @@ from pipetutor.core.model import Model
 from pipetutor.core.partition import catalog, parameters_of
 from pipetutor.core.recompute import StageLayers
 from pipetutor.core.torch_engine import TorchPipeline
+from pipetutor.schedule import orders
 
 STEPS, LEARNING_RATE = 2, 0.1
 CONFIG = read_config(SMALL_SGD | {"optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}}})
@@ -70,7 +71,9 @@ def one_process(name):
 
 def engine_of(net, bounds, schedule, recompute, images):
     if schedule:
-        return TorchPipeline(Model.of(net), schedule, bounds, CONFIG, images.to("meta"), recompute)
+        return TorchPipeline(
+            Model.of(net), orders.build(schedule, len(bounds) - 1, 2), bounds, CONFIG, images.to("meta"), recompute
+        )
     return Pipeline(Model.of(net), len(bounds) - 1, ",".join(map(str, bounds)), CONFIG, recompute)
 
 

@@ -14,6 +14,7 @@ from pipetutor.core.deepspeed_engines import Pipeline
 from pipetutor.core.model import build_model
 from pipetutor.core.tied import Tied, TiedSums
 from pipetutor.core.torch_engine import TorchPipeline
+from pipetutor.schedule.orders import build
 
 GPT = "gpt:layers=3,width=16"
 TOKENS = torch.empty(2, 8, dtype=torch.int64, device="meta")
@@ -103,7 +104,7 @@ def rank(engine, stages):
     bounds, torch_rank = BOUNDS[stages], torch.distributed.get_rank()
     model = build_model(GPT, 3, held=[range(bounds[torch_rank], bounds[torch_rank + 1])])
     if engine == "torch":
-        pipe = TorchPipeline(model, "1f1b", bounds, CONFIG, TOKENS)
+        pipe = TorchPipeline(model, build("1f1b", stages, 2), bounds, CONFIG, TOKENS)
     else:
         pipe = Pipeline(model, stages, ",".join(map(str, bounds)), CONFIG)
     seen = []

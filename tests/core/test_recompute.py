@@ -12,9 +12,11 @@ from pipetutor.core.torch_engine import TorchPipeline
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.describe import describe
+from pipetutor.schedule import orders
 from pipetutor.system.gpus import Gpus
 
 STEPS, MICRO_BATCHES, IMAGE, BOUNDS = 2, 2, (3, 64, 64), [0, 6, 19]
+STREAMS = orders.build("1f1b", 2, read_config(SMALL_SGD)["train_batch_size"] // 2)
 PIPELINE = {"pipe_partitioned": True, "use_reentrant": True}
 
 
@@ -30,7 +32,7 @@ def rank(name, recompute, dropout):
     net, runs = build("mobilenet_v3_small", dropout=dropout), []
     config = read_config(SMALL_SGD)
     if name == "torch":
-        pipe = TorchPipeline(Model.of(net), "1f1b", BOUNDS, config, torch.empty(2, *IMAGE, device="meta"), recompute)
+        pipe = TorchPipeline(Model.of(net), STREAMS, BOUNDS, config, torch.empty(2, *IMAGE, device="meta"), recompute)
     else:
         pipe = Pipeline(Model.of(net), 2, ",".join(map(str, BOUNDS)), config | {"pipeline": PIPELINE}, recompute)
         assert pipe.deepspeed.config["pipeline"] == PIPELINE

@@ -107,7 +107,7 @@ def test_the_slowest_stage_is_the_fastest_of_every_split(model, stages):
 
 def test_a_stage_takes_what_the_simulator_gives_its_instructions():
     costs, bounds = drawn("alexnet", seed=1), [0, 5, 14, 17, 22]
-    seconds = costs.for_bounds(bounds, 8).seconds(4, full=True)
+    seconds = costs.for_bounds(bounds, 8).seconds(range(4), full=True)
     kinds = [
         "LoadMicroBatch",
         "ForwardPass",
