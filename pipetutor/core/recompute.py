@@ -9,6 +9,7 @@ pass (Chen et al., *Training Deep Nets with Sublinear Memory Cost*, arXiv:1604.0
 """
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from pipetutor.core.tied import Tied
 
 __all__: list[str] = []
 
@@ -52,6 +55,11 @@ class StageLayers(nn.Sequential):
 
     def _contexts(self) -> tuple[Any, Any]:
         return nullcontext(), without_effect(self)  # running statistics take in a micro-batch once
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return what gradients are made for: a split backward pass makes them for these alone."""
+        apart = (layer.apart() for layer in self if isinstance(layer, Tied))
+        return itertools.chain(super().parameters(recurse), *apart)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Compute the stage's output, contiguous, and have the input's gradient be so.

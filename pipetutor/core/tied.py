@@ -5,6 +5,7 @@ gradients up once a step.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ class Tied(nn.Module):
         if self._twin:
             module = self._twin[0].train(module.training)
         return self._forward(module, input) if self._forward else module(input)
+
+    def apart(self) -> Iterator[nn.Parameter]:
+        """Return the parameters whose gradients are added up apart, if any."""
+        return itertools.chain.from_iterable(twin.parameters() for twin in self._twin)
 
     def sum_apart(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """From now on, add the gradients of this place up apart from those of the others.

@@ -1,6 +1,7 @@
 """A model as a list: its weights do not depend on who builds what, and what cannot be cut is refused."""
 
 import itertools
+import re
 import textwrap
 
 import pytest
@@ -15,6 +16,8 @@ from pipetutor.core.model import build_model
 from pipetutor.core.tied import Tied, TiedSums
 from pipetutor.core.torch_engine import TorchPipeline
 from pipetutor.schedule.orders import build
+from pipetutor.schedule.rules import placement
+from pipetutor.schedule.text import parse
 
 GPT = "gpt:layers=3,width=16"
 TOKENS = torch.empty(2, 8, dtype=torch.int64, device="meta")
@@ -99,12 +102,13 @@ CONFIG = read_config(SMALL_SGD)
 BOUNDS = {1: [0, 7], 2: [0, 3, 7], 4: [0, 2, 3, 5, 7]}
 
 
-def rank(engine, stages):
+def rank(engine, stages, order=None):
     """Train three steps; return losses, the tied weight where it is held, and what was observed of its gradients."""
-    bounds, torch_rank = BOUNDS[stages], torch.distributed.get_rank()
-    model = build_model(GPT, 3, held=[range(bounds[torch_rank], bounds[torch_rank + 1])])
+    bounds, order = BOUNDS[stages], order or build("1f1b", stages, 2)
+    mine = [s for s, holder in enumerate(placement(order)) if holder == torch.distributed.get_rank()]
+    model = build_model(GPT, 3, held=[range(bounds[stage], bounds[stage + 1]) for stage in mine])
     if engine == "torch":
-        pipe = TorchPipeline(model, build("1f1b", stages, 2), bounds, CONFIG, TOKENS)
+        pipe = TorchPipeline(model, order, bounds, CONFIG, TOKENS)
     else:
         pipe = Pipeline(model, stages, ",".join(map(str, bounds)), CONFIG)
     seen = []
@@ -128,6 +132,17 @@ def test_tied_weights_stay_equal_and_losses_do_not_depend_on_the_stages(engine, 
         assert not torch.equal(first, build_model(GPT, 3).whole.embedding.weight), "it learns"
         if stages > 1:
             assert ranks[0][2] == 3 * [(stages - 1,)] and ranks[-1][2] == 3 * [(0,)]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_rank_that_holds_both_ends_adds_up_what_is_tied(split, tmp_path):
+    """A split backward pass makes gradients of the parameters that it is told of: of both places."""
+    torch.set_num_threads(1)
+    order = "0F0 3F0 3B0 0B0 0F1 3F1 3B1 0B1 / 1F0 2F0 2B0 1B0 1F1 2F1 2B1 1B1"
+    order = parse(re.sub(r"(\d)B(\d)", r"\1I\2 \1W\2", order) if split else order)
+    (losses, weight, _), (again, nothing, _) = run(tmp_path, 2, rank, "torch", 4, order)
+    ((wanted, embedding, _),) = run(tmp_path, 1, rank, "torch", 1)
+    assert losses == again == wanted and torch.equal(weight, embedding) and nothing is None
 
 
 OWN = """

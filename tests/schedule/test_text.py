@@ -55,7 +55,14 @@ def by_numpy(ranks, micro_batches, rank):
 
 def test_functions_lists_and_texts_give_streams():
     wanted = build("gpipe", 2, 3)
-    given = [orders.gpipe, by_words, by_numpy, wanted, text.csv(wanted), [list(by_words(2, 3, 0)), "F0 F1 F2 B0 B1 B2"]]
+    given = [
+        orders.gpipe,
+        by_words,
+        by_numpy,
+        wanted,
+        text.csv(wanted),
+        [list(by_words(2, 3, 0)), "F0 F1 F2 B0 B1 B2"],
+    ]
     for schedule in given:
         found = text.streams_of(schedule, 2, 3)
         assert found == wanted
