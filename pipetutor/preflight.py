@@ -113,9 +113,12 @@ def _check_stages(options: Options, layers: Sequence[Layer], ranks: int) -> None
             "1 stage or more"
         )
     if chunks > 1 and options.schedule != "interleaved_1f1b":
+        named = isinstance(options.schedule, str) and options.schedule in SCHEDULES
+        gives = (
+            f"{options.schedule} gives each rank one stage" if named else "your own schedule says itself what it has"
+        )
         raise ValueError(
-            f"chunks is {chunks}, but {options.schedule} gives each rank one stage: schedule='interleaved_1f1b' "
-            "(--schedule interleaved_1f1b) takes more"
+            f"chunks is {chunks}, but {gives}: schedule='interleaved_1f1b' (--schedule interleaved_1f1b) takes more"
         )
     if not stages and options.partition != "parameters":
         raise ValueError(
