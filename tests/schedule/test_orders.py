@@ -84,6 +84,20 @@ def test_full_stream_is_deepspeeds(stages):
             assert expected == [(i.name, None if i.name in STEP else i.micro_batch % buffers) for i in ours]
 
 
+@pytest.mark.parametrize("ranks", range(1, 7))
+def test_dualpipev_is_deepspeeds_whose_backward_passes_are_whole(ranks):
+    from deepspeed.runtime.pipe.schedule import DualPipeVSchedule
+
+    for micro_batches in range(2 * ranks, 2 * ranks + 9):
+        for rank, ours in enumerate(build("dualpipev", ranks, micro_batches)):
+            theirs = DualPipeVSchedule(micro_batches=micro_batches, stages=ranks, stage_id=rank)
+            found = [
+                (i.name, *divmod(i.buffer_id, micro_batches)) for step in theirs for i in step if "Pass" in i.name
+            ]
+            whole = [i._replace(name=i.name.replace("Input", "Pass")) for i in passes(ours)]
+            assert found == [(i.name, int(i.stage != rank), i.micro_batch) for i in whole if "Weight" not in i.name]
+
+
 @pytest.mark.parametrize(
     ("schedule", "ranks", "micro_batches", "chunks"),
     [
