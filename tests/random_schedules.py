@@ -12,7 +12,7 @@ HALVES = ("BackwardInput", "BackwardWeight")
 NOVEL = """
     1F0 1F1 1B0 1F2 1I1 1W1 1F3 1B2 1B3
     0F0 0F1 2F0 2B0 0F2 2F1 2I1 0B0 2W1 0F3 2F2 2B2 0I1 2F3 2B3 0W1 0B2 0B3
-"""
+"""  # for pipetutor.schedule.text.parse
 
 
 def full(stages, micro_batches):

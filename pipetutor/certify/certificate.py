@@ -49,8 +49,9 @@ WAYS = {  # in which two stages train, and with how many replicas
     "ZeRO-1": 2,
     "ZeRO-1 clipped": 2,
     "DualPipeV": 1,
+    "torch DualPipeV": 1,
 }
-V_SHAPED = ("DualPipeV",)  # each rank holds two stages
+V_SHAPED = ("DualPipeV", "torch DualPipeV")  # each rank holds two stages
 GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
 
 

@@ -270,7 +270,8 @@ def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
     from pipetutor.core.torch_engine import TorchPipeline
 
     inputs, _ = loader.example(loader.load(case.dataset, True, -1, DATA_DIR), MICRO_BATCH)
-    return TorchPipeline(model, build("1f1b", case.stages, case.micro_batches), bounds, config, inputs)
+    streams = build("dualpipev" if case.way in V_SHAPED else "1f1b", case.stages, case.micro_batches)
+    return TorchPipeline(model, streams, bounds, config, inputs)
 
 
 def _momenta(engine: Any) -> dict[str, torch.Tensor]:

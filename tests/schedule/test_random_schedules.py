@@ -3,10 +3,12 @@
 from collections import Counter
 
 import pytest
-from random_schedules import FAULTS, broken_schedule, random_schedule
+from random_schedules import FAULTS, NOVEL, broken_schedule, random_schedule
 
-from pipetutor.schedule.rules import ScheduleError, check
+from pipetutor.schedule.orders import build
+from pipetutor.schedule.rules import ScheduleError, check, placement
 from pipetutor.schedule.simulate import Costs, simulate
+from pipetutor.schedule.text import parse
 
 COUNT = 1000
 REFUSALS = (
@@ -94,3 +96,11 @@ def test_what_is_broken_is_refused_by_all():
             with pytest.raises(REFUSALS):
                 torchs(streams)
     assert {fault for fault, _ in found} == set(FAULTS) and min(found.values()) > COUNT // len(FAULTS) // 4
+
+
+def test_a_schedule_that_no_library_has():
+    streams = parse(NOVEL)
+    check(streams)
+    torchs(streams)
+    assert placement(streams) == (1, 0, 1) and {len(stream) for stream in streams} == {9 + 2, 18 + 2}
+    assert played(streams).seconds < played(build("naive", 3, 4)).seconds
