@@ -19,7 +19,8 @@ from pipetutor.core.partition import Layer, bounds_for, check_stages, parameters
 from pipetutor.core.plan import Plan
 from pipetutor.options import PROFILE, Options
 from pipetutor.processes.faults import Fault
-from pipetutor.schedule.orders import SCHEDULES, idle_share
+from pipetutor.schedule.formulas import idle_share
+from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.schedule.rules import check as check_schedule
 from pipetutor.schedule.rules import placement
 from pipetutor.schedule.text import csv, streams_of

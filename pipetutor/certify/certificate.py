@@ -38,15 +38,20 @@ CONTROLS = {
     "stagewise": "each stage clips its gradients by their own norm",
     "untied": "the gradients of tied weights are not added up",
     "apart": "the copies of tied weights begin apart",
+    "cleared": "what a stage has sent is cleared, and goes back through what it made of that",
 }
 TIED = ("untied", "apart")  # for models that have something tied
+OTHERWISE = {"stagewise": "clipped", "cleared": "DualPipeV"}  # controls of these ways
 WAYS = {  # in which two stages train, and with how many replicas
     "torch": 1,
     "clipped": 1,
     "torch clipped": 1,
     "ZeRO-1": 2,
     "ZeRO-1 clipped": 2,
+    "DualPipeV": 1,
+    "torch DualPipeV": 1,
 }
+V_SHAPED = ("DualPipeV", "torch DualPipeV")  # each rank holds two stages
 GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
 
 
@@ -176,10 +181,16 @@ def certify(
     skipped = [case for case in cases if case["stages"] * case["replicas"] > room]
     for case in skipped:
         case["reason"] = f"{case['stages'] * case['replicas']} ranks, and there is memory for {room}"
+    if models[-1] in about and len(about[models[-1]]) < 2 * last["stages"]:
+        short = [case for case in cases if case["way"] in V_SHAPED]
+        for case in short:
+            case["reason"] = f"{2 * last['stages']} stages, and the model has {len(about[models[-1]])} layers"
+        skipped += short
     chosen = [case for case in cases if case not in skipped]
     ties = any(layer.tied for layer in about.get(models[-1], ()))
-    controls = [one for one in CONTROLS if (ties or one not in TIED) and ("clipped" in ways or one != "stagewise")]
-    chosen += [last | {"control": one, "way": "clipped" if one == "stagewise" else ""} for one in controls]
+    ran = {"", *(case["way"] for case in chosen)}
+    controls = {one: OTHERWISE.get(one, "") for one in CONTROLS if ties or one not in TIED}
+    chosen += [last | {"control": one, "way": way} for one, way in controls.items() if way in ran]
     for name in set(data.values()):
         fetch.prepare(name, data_dir)
     directory = records.create(Path(runs_dir), "certificate")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipetutor.certify.certificate import CONTROLS, NARROW
+from pipetutor.certify.certificate import CONTROLS, NARROW, V_SHAPED
 from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.model import Model, build_model
 from pipetutor.core.partition import bounds_for
@@ -66,6 +66,11 @@ class Case:
     def engine(self) -> str:
         """DeepSpeed's or torch's."""
         return "torch" if "torch" in self.way else "deepspeed"
+
+    @property
+    def parts(self) -> int:
+        """Stages of the model: one or two on each rank."""
+        return self.stages * (2 if self.way in V_SHAPED else 1)
 
     @property
     def zero_stage(self) -> int:
@@ -113,7 +118,10 @@ def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
         loss of each step.
     """
     built = model_of(case.model)
-    model = built.whole
+    model, compute = built.whole, built.whole
+    if case.control == "cleared":
+        _fork(built, _bounds(case, built))
+        compute = nn.Sequential(*built.layers)
     tensors = {f"initial.{name}": p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=case.momentum)
     replicas = [micro_batches(case, replica) for replica in range(case.replicas)]
@@ -126,7 +134,7 @@ def reference(case: Case) -> tuple[dict[str, torch.Tensor], list[float]]:
             for replica in replicas:
                 inputs, labels = next(replica)
                 random = torch.get_rng_state()
-                loss = built.loss_fn(model(inputs), labels)
+                loss = built.loss_fn(compute(inputs), labels)
                 if not torch.equal(torch.get_rng_state(), random):
                     raise RuntimeError(
                         "the model draws random numbers as it computes, so no two runs of it are equal"
@@ -198,7 +206,9 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     stage = rank // case.replicas
     other = case.control == "weights" and stage == case.stages - 1
     model = model_of(case.model, SEED + other)
-    bounds = bounds_for(model.about(), case.stages, "parameters")
+    bounds = _bounds(case, model)
+    if case.control == "cleared":
+        _fork(model, bounds)
     engine = _engine(case, model, bounds, float(expected["longest"]))
     found: dict[str, Difference] = {}
 
@@ -229,8 +239,20 @@ def _rank(case: Case, rank: int, store: Path, scratch: str) -> dict[str, Any]:
     return {"stage": stage, "losses": losses} | {part: asdict(difference) for part, difference in found.items()}
 
 
+def _bounds(case: Case, model: Model) -> list[int]:
+    return bounds_for(model.about(), case.parts, "parameters")
+
+
+def _fork(model: Model, bounds: list[int]) -> None:
+    """Have the first stage hand on two tensors, of which one is made of the other; the next takes their sum."""
+    cut = bounds[1]
+    model.layers[cut - 1].register_forward_hook(lambda layer, inputs, x: (x, 8 * x * x))
+    model.layers[cut].register_forward_pre_hook(lambda layer, inputs: sum(inputs[0]))
+
+
 def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
     from pipetutor.core.deepspeed_engines import Pipeline
+    from pipetutor.core.dualpipev import DualPipeV
 
     config: dict[str, Any] = {
         "train_batch_size": MICRO_BATCH * case.micro_batches * case.replicas,
@@ -241,12 +263,15 @@ def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
         config |= {"zero_optimization": {"stage": case.zero_stage}, "zero_allow_untested_optimizer": True}
     if case.clips:
         config["gradient_clipping"] = longest
+    if case.way == "DualPipeV":
+        return DualPipeV(model, case.stages, ",".join(map(str, bounds)), config)
     if case.engine == "deepspeed":
         return Pipeline(model, case.stages, ",".join(map(str, bounds)), config)
     from pipetutor.core.torch_engine import TorchPipeline
 
     inputs, _ = loader.example(loader.load(case.dataset, True, -1, DATA_DIR), MICRO_BATCH)
-    return TorchPipeline(model, build("1f1b", case.stages, case.micro_batches), bounds, config, inputs)
+    streams = build("dualpipev" if case.way in V_SHAPED else "1f1b", case.stages, case.micro_batches)
+    return TorchPipeline(model, streams, bounds, config, inputs)
 
 
 def _momenta(engine: Any) -> dict[str, torch.Tensor]:
@@ -266,10 +291,36 @@ def _spoil(case: Case, engine: Any, stage: int, longest: float) -> None:
     if case.control == "apart" and stage == case.stages - 1:
         for copy in engine.deepspeed.module.tied_modules.parameters():
             nn.init.normal_(copy, std=copy.std().item())
+    if case.control == "cleared":
+        net = engine.deepspeed.module
+        net._stages = tuple(nn.Sequential(*stage) for stage in net._stages)  # ours hand on a single tensor
+        _clear(engine.deepspeed)
     if case.control == "stagewise":
         alone = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
         parameters = list(engine.deepspeed.module.parameters())
         engine.deepspeed.clip_fp32_gradients = lambda: clip_gradients(parameters, longest, engine.device, alone)
+
+
+def _clear(engine: Any) -> None:
+    """Have DeepSpeed clear what it has sent, as it does in the release after 0.19.8: the documentation warns of it.
+
+    Once a stage's output is sent, the backward pass needs the graph behind it alone, unless another operation of the
+    stage took it in, too. When its gradient comes, the output borrows that one's memory, so that shapes agree and no
+    error tells that the operation goes backward with other numbers than it went forward with.
+    """
+    from deepspeed.runtime.pipe.schedule import BackwardPass
+
+    whole = engine._INSTRUCTION_MAP[BackwardPass]
+
+    def backward(engine: Any, buffer_id: int, phase: int) -> None:
+        outputs, gradients = (engine.pipe_buffers[what][buffer_id] for what in ("outputs", "grads"))
+        if gradients is not None:  # else nothing was sent: this rank holds the next stage, too, or the loss
+            pairs = zip(outputs, gradients, strict=True) if isinstance(outputs, tuple) else [(outputs, gradients)]
+            for output, gradient in pairs:
+                output.data = gradient
+        whole(engine, buffer_id=buffer_id, phase=phase)
+
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {BackwardPass: backward}
 
 
 def judge(case: Case, ranks: list[dict[str, Any]], losses: list[float]) -> dict[str, Any]:
@@ -295,14 +346,18 @@ def judge(case: Case, ranks: list[dict[str, Any]], losses: list[float]) -> dict[
     row["loss"] = {"absolute": max(loss), "relative": max(relative)}
     reasons = []
     same, limit = (MARGIN * TOLERANCE, MARGIN * TOLERANCE) if case.control else (0.0, TOLERANCE)
+    part = "rank" if case.way in V_SHAPED else "stage"  # such a rank holds two
     others = sorted({rank["stage"] for rank in ranks if rank["initial"]["relative"] > same})
     wrong = {rank["stage"]: rank["gradient"]["factor"] for rank in ranks if rank["gradient"]["relative"] > limit}
     if others:
-        reasons.append(f"stage {_list(others)} did not begin with the reference's weights")
+        reasons.append(f"{part} {_list(others)} did not begin with the reference's weights")
     elif wrong:
         for factor in sorted({round(factor, 3) for factor in wrong.values()}):
             stages = [stage for stage, found in sorted(wrong.items()) if round(found, 3) == factor]
-            reasons.append(f"gradients of stage {_list(stages)} are {factor:g} times what they should be")
+            amount = (
+                f"{factor:g} times what they should be" if factor != 1 else "wrong, and as long as they should be"
+            )
+            reasons.append(f"gradients of {part} {_list(stages)} are {amount}")
     elif row["final"]["relative"] > limit:
         reasons.append("the gradients agree, and the updated parameters do not")
     elif row["loss"]["relative"] > limit:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipetutor.schedule.orders import FORMULAS, idle_share
+from pipetutor.schedule.formulas import FORMULAS, idle_share
 from pipetutor.system.kinds import check, counted
 
 __all__ = ["Batch", "batch_arithmetic", "explain"]
@@ -75,7 +75,7 @@ def explain(config: dict[str, Any], stages: int, replicas: int = 1, schedule: st
         chunks: stages of the model on each rank.
 
     Raises:
-        ValueError: see ``batch_arithmetic`` and ``pipetutor.schedule.orders.idle_share``.
+        ValueError: see ``batch_arithmetic`` and ``pipetutor.schedule.formulas.idle_share``.
 
     >>> print(explain(read_config(None), stages=2, replicas=2))
     train batch 256 = micro-batch 8 x 16 micro-batches x 2 replicas

@@ -9,7 +9,7 @@ import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -26,6 +26,7 @@ from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.config import REDUCE_BUCKET, dtype_of
 from pipetutor.core.engine import After, Batches, Before, Kept, others, say
 from pipetutor.core.model import Model
+from pipetutor.core.observer import Peers
 from pipetutor.core.pieces import NUMBERS, piece_of
 from pipetutor.core.recompute import StageLayers
 from pipetutor.core.tied import Tied, TiedSums
@@ -62,11 +63,16 @@ class PipelineModule(deepspeed.pipe.PipelineModule):
         specs = [_Built(layer) if isinstance(layer, Tied) else layer for layer in layers]
         super().__init__(layers=specs, **about)
         # In a tuple, which torch does not look into: the layers have their names in this module already.
-        self._stage = (StageLayers(layers[self._local_start : self._local_stop], recompute),)
+        self._stages = tuple(StageLayers(layers[low:high], recompute) for low, high in self.spans)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Which layers of the model this rank holds, stage by stage."""
+        return [(self._local_start, self._local_stop)]
 
     def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
         """Compute the stage's output."""
-        return self._stage[0](forward_input)
+        return self._stages[0](forward_input)
 
     @torch.no_grad()  # else torch warns that a broadcast is nothing to go backward through
     def _synchronize_tied_weights(self) -> None:
@@ -280,13 +286,14 @@ class Pipeline(_DeepSpeed):
     """
 
     blocking = True
+    module: type[PipelineModule] = PipelineModule
 
     def __init__(self, model: Model, stages: int, part: str, config: dict[str, Any], recompute: bool = False):
         self._model, self.loss_fn = model, model.loss_fn
         in_place = dtype_of(config) == "fp32" and not config.get("zero_optimization", {}).get("stage")
         if in_place:
             accumulate_in_place(model.layers)  # others take each gradient into a buffer of their own
-        net = PipelineModule(
+        net = self.module(
             layers=model.layers,
             loss_fn=model.loss_fn,
             num_stages=stages,
@@ -297,7 +304,7 @@ class Pipeline(_DeepSpeed):
         super().__init__(net, config, stages)
         self.deepspeed.clip_fp32_gradients = self._clip
         if in_place:
-            self._sum_apart(TiedSums(model.layers[net._local_start : net._local_stop]))
+            self._sum_apart(TiedSums([layer for low, high in net.spans for layer in model.layers[low:high]]))
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
         self.is_first = self.deepspeed.is_first_stage()
 
@@ -333,32 +340,48 @@ class Pipeline(_DeepSpeed):
             ranks |= set(grid.dp_group)
         return ranks - {dist.get_rank()}
 
+    def _instruction(self, name: str, number: int, about: Mapping[str, int]) -> Instruction:
+        """Say what DeepSpeed executes: its n-th instruction of a name in this step, with these arguments.
+
+        An instruction names a buffer; the micro-batch in it follows from the order. 1F1B keeps micro-batches in
+        order: the n-th ForwardPass of a step is that of micro-batch n, and so on for each kind.
+        """
+        return Instruction(name, self.deepspeed.stage_id, number if "buffer_id" in about else None)
+
+    def _holder(self, stage: int) -> int:
+        """Return which of the pipeline's ranks holds a stage of the model."""
+        return stage
+
+    def _peers(self, instruction: Instruction) -> Peers:
+        """Return the ranks that an instruction cannot end without."""
+        engine, name = self.deepspeed, instruction.name
+        if name in PARTNERS:
+            neighbour = instruction.stage + PARTNERS[name][1]
+            return (engine.grid.stage_to_global(self._holder(neighbour)),)
+        replicas = tuple(rank for rank in engine.grid.dp_group if rank != dist.get_rank())
+        copies = {rank for comm in engine.module.tied_comms.values() for rank in comm["ranks"]} - {dist.get_rank()}
+        source = engine._loss_stage_global_rank()
+        return {
+            "ReduceGrads": replicas,
+            "ReduceTiedGrads": tuple(sorted(copies)),
+            "OptimizerStep": tuple(sorted(self._step_peers())),
+            "AggregateLoss": replicas if dist.get_rank() == source else (source,),
+        }.get(name, ())
+
     def observe(self, before: Before, after: After) -> None:
         """Look at each of its instructions.
 
-        An instruction names a buffer; the micro-batch in it follows from the order. 1F1B keeps micro-batches in
-        order: the n-th ForwardPass of a step is that of micro-batch n, and so on for each kind. ``AggregateLoss`` is
-        the exchange of the loss that follows the last instruction of a step.
+        ``AggregateLoss`` is the exchange of the loss that follows the last instruction of a step.
         """
         engine = self.deepspeed
-        grid, stage, last = engine.grid, engine.stage_id, engine.num_stages - 1
-        replicas = tuple(rank for rank in grid.dp_group if rank != dist.get_rank())
-        copies = {rank for comm in engine.module.tied_comms.values() for rank in comm["ranks"]} - {dist.get_rank()}
         done: Counter[str] = Counter()
 
         def observed(name: str, execute: Callable[..., None]) -> Callable[..., None]:
-            peers = {
-                "ReduceGrads": replicas,
-                "ReduceTiedGrads": tuple(sorted(copies)),
-                "OptimizerStep": tuple(sorted(self._step_peers())),
-            }.get(name, ())
-            if name in PARTNERS and 0 <= (neighbour := stage + PARTNERS[name][1]) <= last:
-                peers = (grid.stage_to_global(neighbour),)
-
-            def run(engine: Any, **kwargs: int) -> None:
-                before(Instruction(name, stage, done[name] if "buffer_id" in kwargs else None), peers)
+            def run(engine: Any, **about: int) -> None:
+                instruction = self._instruction(name, done[name], about)
+                before(instruction, self._peers(instruction))
                 done[name] += 1
-                execute(engine, **kwargs)
+                execute(engine, **about)
                 after()
 
             return run
@@ -372,8 +395,8 @@ class Pipeline(_DeepSpeed):
             exec_schedule(schedule)
 
         def observed_aggregate() -> torch.Tensor:
-            peers = replicas if stage == last else (grid.stage_to_global(last),)
-            before(Instruction("AggregateLoss", stage), peers)
+            instruction = self._instruction("AggregateLoss", 0, {})
+            before(instruction, self._peers(instruction))
             loss = aggregate()
             after()
             return loss
@@ -386,8 +409,10 @@ class Pipeline(_DeepSpeed):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of this rank's layers."""
-        net = self.deepspeed.module
-        return self._model.state(*net.parts[net.stage_id : net.stage_id + 2])
+        state: dict[str, torch.Tensor] = {}
+        for span in self.deepspeed.module.spans:
+            state |= self._model.state(*span)
+        return state
 
     def logits(self, micro_batches: Batches, count: int) -> list[torch.Tensor]:
         """Run DeepSpeed's inference schedule."""

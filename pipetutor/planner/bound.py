@@ -8,7 +8,7 @@ __all__ = ["lower_bound"]
 
 
 def lower_bound(costs: Costs, ranks: int, micro_batches: int, *, split: bool = False) -> float:
-    """Return seconds that no step is shorter than, for the schedules of ``pipetutor.schedule.orders``.
+    """Return seconds that no step is shorter than, for the schedules of ``pipetutor.planner.layout``.
 
     A rank begins when the first micro-batch has reached it, then has its work to do, and its last gradient still goes
     back to each rank before it, which then takes the mean and steps:

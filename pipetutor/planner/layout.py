@@ -9,11 +9,13 @@ from pipetutor.planner.cluster import Cluster
 from pipetutor.schedule.orders import Instruction, build
 from pipetutor.system.kinds import counted
 
-__all__ = ["PARTS", "Choice", "Layout", "Placement"]
+__all__ = ["PARTS", "SCHEDULES", "Choice", "Layout", "Placement"]
 
 # What a step is made of, for the mean of the ranks: useful work, forward passes once more, all-reduces within layers,
 # waiting, messages between stages, the mean of gradients over the replicas, the optimizer.
 PARTS = ("compute", "recompute", "tensor", "bubble", "waiting", "messages", "all-reduce", "optimizer")
+# Those of ``pipetutor.schedule.orders`` for which the planner knows how much is in flight, and a lower bound.
+SCHEDULES = ("naive", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Layout:
         tensor: devices T that share each layer of a rank.
         micro_batch: examples b.
         micro_batches: M, of each replica and step.
-        schedule: a key of ``pipetutor.schedule.orders.SCHEDULES``.
+        schedule: one of ``SCHEDULES``.
         chunks: stages of the model on each rank.
         recompute: whether forward passes are computed once more to go backward.
         zero_stage: with 1, each replica steps a share of the weights.

@@ -6,12 +6,11 @@ from dataclasses import dataclass, fields
 from pipetutor.costs.table import LayerCosts
 from pipetutor.planner.cluster import Cluster
 from pipetutor.planner.decoder import Decoder
-from pipetutor.planner.layout import Choice, Layout
+from pipetutor.planner.layout import SCHEDULES, Choice, Layout
 from pipetutor.planner.measured import Measured
 from pipetutor.planner.search import Misfit, Problem, search
 from pipetutor.planner.transformers import Transformer
 from pipetutor.processes.entry import briefly
-from pipetutor.schedule.orders import SCHEDULES
 from pipetutor.system.kinds import check, counted, list_of, named
 
 __all__ = ["LEGEND", "PLAYED", "Plans", "plan", "problem_of"]

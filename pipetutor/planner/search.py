@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 from pipetutor.planner.bound import lower_bound
 from pipetutor.planner.cluster import Cluster
 from pipetutor.planner.layout import PARTS, Choice, Layout
-from pipetutor.schedule.orders import Instruction, idle_share
+from pipetutor.schedule.formulas import idle_share
+from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.simulate import Costs, simulate
 
 __all__ = ["Found", "Misfit", "Problem", "judge", "search"]

@@ -8,19 +8,18 @@ A compute stream (``SCHEDULES``) names only the work; transfers happen in the ba
 stream (``deepspeed_1f1b``) names them too, and a send ends only together with its receive, as with gloo.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
-    "FORMULAS",
     "PARTNERS",
     "SCHEDULES",
     "Instruction",
     "build",
-    "closed_form",
     "deepspeed_1f1b",
     "gpipe",
-    "idle_share",
+    "stages_a_rank",
 ]
 
 STEP = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
@@ -58,15 +57,27 @@ def require(ranks: int, micro_batches: int, rank: int) -> None:
         raise ValueError(f"rank {rank} of {ranks} ranks: use 0 to {ranks - 1}")
 
 
-def _require_chunks(ranks: int, micro_batches: int, chunks: int) -> None:
+def _require_chunks(chunks: int, otherwise: str) -> None:
     if chunks < 2:
         raise ValueError(
-            f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2 (--chunks 2), or 1f1b for one"
+            f"chunks is {chunks}, but interleaving needs at least 2 a rank: chunks=2 (--chunks 2), or {otherwise} "
+            "for one"
         )
+
+
+def _require_multiple(ranks: int, micro_batches: int) -> None:
     if micro_batches % ranks:
         raise ValueError(
             f"{micro_batches} micro-batch{'es are' if micro_batches > 1 else ' is'} not a multiple of {ranks} ranks, "
             f"which interleaving needs: use {(micro_batches // ranks + 1) * ranks} micro-batches"
+        )
+
+
+def _require_as_many_as_stages(ranks: int, micro_batches: int) -> None:
+    if micro_batches < 2 * ranks:
+        raise ValueError(
+            f"dualpipev needs as many micro-batches as stages, two for each rank: use {2 * ranks} or more, not "
+            f"{micro_batches}, or zbv, which takes any number"
         )
 
 
@@ -169,7 +180,8 @@ def interleaved_1f1b(ranks: int, micro_batches: int, rank: int, chunks: int = 2)
     [1, 1, 3, 3]
     """
     require(ranks, micro_batches, rank)
-    _require_chunks(ranks, micro_batches, chunks)
+    _require_chunks(chunks, "1f1b")
+    _require_multiple(ranks, micro_batches)
     count = chunks * micro_batches
     for forward, number in _alternate(count, min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), count)):
         chunk = number // ranks % chunks
@@ -202,13 +214,138 @@ def zero_bubble(ranks: int, micro_batches: int, rank: int) -> Iterator[Instructi
     yield from _end(rank)
 
 
+def looped_bfs(ranks: int, micro_batches: int, rank: int, chunks: int = 2) -> Iterator[Instruction]:
+    """Breadth-first (Lamy-Poirier, arXiv:2211.05953): GPipe with several chunks; as ``interleaved_1f1b`` otherwise.
+
+    All micro-batches pass through a rank's first chunk before one goes through its second, and all the way back in
+    the opposite order. Where weights or gradients of a stage are spread over replicas, they are put together
+    once for all micro-batches and not once for each. A rank keeps all v chunks of all M micro-batches.
+
+        0F0 0F1 0F2 2F0 2F1 2F2 .   .   2B2 2B1 2B0 0B2 0B1 0B0
+        .   1F0 1F1 1F2 3F0 3F1 3F2 3B2 3B1 3B0 1B2 1B1 1B0 .
+
+    Raises:
+        ValueError: as ``naive``; or fewer than 2 chunks.
+    """
+    require(ranks, micro_batches, rank)
+    _require_chunks(chunks, "gpipe")
+    stages = range(rank, ranks * chunks, ranks)
+    for stage in stages:
+        for micro_batch in range(micro_batches):
+            yield Instruction("ForwardPass", stage, micro_batch)
+    for stage in reversed(stages):
+        for micro_batch in reversed(range(micro_batches)):
+            yield Instruction("BackwardPass", stage, micro_batch)
+    yield from _end(rank)
+
+
+def _in_turn(words: str, stages: tuple[int, int], micro_batches: int) -> Iterator[Instruction]:
+    """Yield the passes of a rank with two stages: F1 is the next forward pass of the second of them.
+
+    B is a backward pass, I its input half, W the weight half. Each kind takes micro-batches one after the
+    other, and leaves out those that there are not.
+    """
+    names = {"F": "ForwardPass", "B": "BackwardPass", "I": "BackwardInput", "W": "BackwardWeight"}
+    done: Counter[str] = Counter()
+    for word in words.split():
+        letter, held = word[0], word[1]
+        kinds = "IW" if letter == "B" else letter
+        number = done[kinds[0] + held]
+        if number < micro_batches:
+            yield Instruction(names[letter], stages[int(held)], number)
+        done.update(kind + held for kind in kinds)
+
+
+def zbv(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
+    """ZB-V (Qi et al., arXiv:2401.10241, section 6, and arXiv:2405.15362); as ``naive`` otherwise.
+
+    Of 2P stages, rank r holds r and 2P - 1 - r: the model goes down the ranks and comes up again. So the first
+    gradient is made on rank 0, just where the last forward pass was, and every rank keeps 2P micro-batches of
+    stages half as large, which is what rank 0 of 1F1B keeps. Where F, B and W take the same time, no rank waits
+    between its first pass and its last.
+
+        0F0 0F1 0F2 3F0 3B0 3W0 3F1 3B1 3W1 0F3 0B0 0W0 3F2 3B2 3W2 0B1 0W1 3F3 3B3 3W3 0B2 0W2 0B3 0W3 .
+        .   1F0 2F0 1F1 2F1 2B0 2W0 1F2 1B0 1W0 2F2 2B1 2W1 1F3 1B1 1W1 2F3 2B2 2W2 1B2 2B3 1B3 1W2 2W3 1W3
+
+    With fewer than 2P - 1 micro-batches it is the same order, without those that there are not.
+    """
+    require(ranks, micro_batches, rank)
+    count, below = max(micro_batches, 2 * ranks - 1), ranks - 1 - rank
+    words = (
+        "F0 " * (2 * below + 1)
+        + "F1 F0 " * rank
+        + "F1 I1 W1 " * (below + 1)
+        + "F0 I0 W0 F1 I1 W1 " * (count - 2 * ranks + 1 + rank)
+        + "I0 W0 F1 I1 W1 " * below
+        + "I0 I1 " * rank
+        + "I0 W0 " * (below + 1)
+        + "W1 " * rank
+        + "W0 " * rank
+    )
+    yield from _in_turn(words, (rank, 2 * ranks - 1 - rank), micro_batches)
+    yield from _end(rank)
+
+
+def dualpipev(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
+    """DualPipeV (DeepSeek's DualPipe, arXiv:2412.19437, cut in half; github.com/deepseek-ai/DualPipe).
+
+    Stages as with ``zbv``, but only the first and the last backward passes are split. In between, a forward pass of
+    one stage and a backward pass of the other stand side by side: on a GPU both run at once, and the messages
+    that a mixture of experts exchanges within the one hide behind the work of the other. Here they run one
+    after the other. Every rank keeps 2P + 1 micro-batches.
+
+        0F0 0F1 0F2 3F0 3B0 3W0 3F1 0F3 3B1 3F2 0B0 0F4 3B2 3F3 0B1 3B3 3F4 0B2 3B4 0B3 0W3 0B4 0W4
+        .   1F0 2F0 1F1 2F1 1F2 2B0 2F2 1B0 1F3 2B1 2F3 1B1 1F4 2B2 2F4 1B2 2B3 1B3 2B4 1B4 2W4 1W4
+
+    Args:
+        ranks: the number of ranks P.
+        micro_batches: M, at least 2P: as many as there are stages.
+        rank: whose instructions.
+
+    Raises:
+        ValueError: as ``naive``; or fewer than 2P micro-batches.
+    """
+    require(ranks, micro_batches, rank)
+    _require_as_many_as_stages(ranks, micro_batches)
+    below = ranks - 1 - rank
+    back = ["1", "0"] * (rank + 1)  # the second half of these backward passes is split
+    late = back[rank + 1 :] + ["0"] * below  # the weight halves that wait, oldest first
+    words = (
+        "F0 " * (2 * below)
+        + "F0 F1 " * (rank + 1)
+        + "I1 W1 F1 " * below
+        + "F0 B1 F1 B0 " * (micro_batches - 2 * ranks + rank + 1)
+        + "B1 F1 B0 " * below
+        + "".join(f"B{held} " for held in back[: rank + 1])
+        + "".join(f"I{held} " for held in back[rank + 1 :])
+        + "".join(f"W{held} I0 " for held in late[:below])
+        + "".join(f"W{held} " for held in late[below:])
+    )
+    yield from _in_turn(words, (rank, 2 * ranks - 1 - rank), micro_batches)
+    yield from _end(rank)
+
+
 SCHEDULES: dict[str, Callable[..., Iterator[Instruction]]] = {
     "naive": naive,
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved_1f1b": interleaved_1f1b,
     "zero_bubble": zero_bubble,
+    "looped_bfs": looped_bfs,
+    "zbv": zbv,
+    "dualpipev": dualpipev,
 }
+LOOPED = ("interleaved_1f1b", "looped_bfs")  # rank r holds the stages r, r + P, r + 2P, ...
+V_SHAPED = ("zbv", "dualpipev")  # rank r holds the stages r and 2P - 1 - r
+
+
+def stages_a_rank(schedule: str, chunks: int = 1) -> int:
+    """Return how many stages of the model each rank holds: two in V shapes, else as many as there are chunks.
+
+    >>> stages_a_rank("zbv"), stages_a_rank("looped_bfs", 3)
+    (2, 3)
+    """
+    return 2 if schedule in V_SHAPED else chunks
 
 
 def require_schedule(schedule: str, ranks: int, micro_batches: int, chunks: int) -> None:
@@ -216,10 +353,16 @@ def require_schedule(schedule: str, ranks: int, micro_batches: int, chunks: int)
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}: use {', '.join(SCHEDULES)}")
     require(ranks, micro_batches, 0)
+    if schedule in LOOPED:
+        _require_chunks(chunks, "1f1b" if schedule == "interleaved_1f1b" else "gpipe")
+    elif schedule in V_SHAPED and chunks not in (1, 2):
+        raise ValueError(f"{chunks} chunks, but {schedule} has always 2 on each rank: leave chunks out")
+    elif schedule not in V_SHAPED and chunks != 1:
+        raise ValueError(f"{chunks} chunks, but {schedule} has 1 on each rank: use {' or '.join(LOOPED)}")
     if schedule == "interleaved_1f1b":
-        _require_chunks(ranks, micro_batches, chunks)
-    elif chunks != 1:
-        raise ValueError(f"{chunks} chunks, but {schedule} has 1 on each rank: use interleaved_1f1b")
+        _require_multiple(ranks, micro_batches)
+    if schedule == "dualpipev":
+        _require_as_many_as_stages(ranks, micro_batches)
 
 
 def build(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> list[list[Instruction]]:
@@ -229,7 +372,7 @@ def build(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> lis
         schedule: a key of ``SCHEDULES``.
         ranks: the number of ranks P.
         micro_batches: the number of micro-batches M.
-        chunks: stages on each rank; more than 1 for ``interleaved_1f1b`` alone.
+        chunks: stages on each rank; more than 1 for ``LOOPED`` alone. ``V_SHAPED`` have 2, which need not be said.
 
     Returns:
         One list of instructions for each rank.
@@ -241,9 +384,8 @@ def build(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> lis
     4
     """
     require_schedule(schedule, ranks, micro_batches, chunks)
-    if schedule == "interleaved_1f1b":
-        return [list(interleaved_1f1b(ranks, micro_batches, rank, chunks)) for rank in range(ranks)]
-    return [list(SCHEDULES[schedule](ranks, micro_batches, rank)) for rank in range(ranks)]
+    about = (chunks,) if schedule in LOOPED else ()
+    return [list(SCHEDULES[schedule](ranks, micro_batches, rank, *about)) for rank in range(ranks)]
 
 
 def deepspeed_1f1b(stages: int, micro_batches: int, stage: int) -> Iterator[Instruction]:
@@ -295,61 +437,3 @@ def deepspeed_1f1b(stages: int, micro_batches: int, stage: int) -> Iterator[Inst
     yield from unsent
     yield Instruction("ReduceTiedGrads", stage, None)
     yield from _end(stage)
-
-
-# --- how large the bubble is when all stages cost the same ----------------------------------------------------------
-
-FORMULAS = {
-    "naive": "(P-1)/P",
-    "gpipe": "(P-1)/(M+P-1)",
-    "1f1b": "(P-1)/(M+P-1)",
-    "interleaved_1f1b": "(P-1)/(vM+P-1)",
-    "zero_bubble": "(P-1)/(3M+P-1)",
-}
-
-
-def idle_share(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> tuple[int, int]:
-    """Return how many of how many slots of a step a rank idles, where all stages cost the same and transfers nothing.
-
-    With P ranks, M micro-batches and v chunks, for any ratio of forward to backward: naive (P-1)/P; gpipe, 1f1b
-    and interleaved_1f1b (P-1)/(vM+P-1) (Narayanan et al., arXiv:2104.04473, section 2.2, which divides by the
-    work, not by the step). zero_bubble, for T_F = T_B = T_W: (P-1)/(3M+P-1), from the bubble
-    (P-1)(T_F+T_B-T_W) of Qi et al., arXiv:2401.10241, which ZB-H1 has when T_W is at most T_F and T_B.
-
-    Args:
-        schedule: a key of ``SCHEDULES``.
-        ranks: P.
-        micro_batches: M.
-        chunks: v, stages on each rank; 1 except for interleaved_1f1b.
-
-    Returns:
-        Numerator and denominator of the formula.
-
-    Raises:
-        ValueError: no such schedule, or numbers that it does not take; zero_bubble with M < P, where the weight
-            passes cannot fill the end.
-
-    >>> idle_share("gpipe", 4, 9)
-    (3, 12)
-    """
-    require_schedule(schedule, ranks, micro_batches, chunks)
-    if schedule == "naive":
-        return ranks - 1, ranks
-    if schedule != "zero_bubble":
-        return ranks - 1, chunks * micro_batches + ranks - 1
-    if micro_batches < ranks:
-        raise ValueError(
-            f"zero_bubble has no closed form for {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} on "
-            f"{ranks} ranks: use {ranks} or more"
-        )
-    return ranks - 1, 3 * micro_batches + ranks - 1
-
-
-def closed_form(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> float:
-    """Return ``idle_share`` as a number from 0 to 1.
-
-    >>> closed_form("gpipe", 4, 9)
-    0.25
-    """
-    idle, slots = idle_share(schedule, ranks, micro_batches, chunks)
-    return idle / slots

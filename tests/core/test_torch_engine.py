@@ -44,6 +44,9 @@ CASES = {
     "1f1b": (streams("1f1b", 3, MICRO_BATCHES), THREE),
     "interleaved_1f1b": (streams("interleaved_1f1b", 2, MICRO_BATCHES, 2), FOUR),
     "zero_bubble": (streams("zero_bubble", 3, MICRO_BATCHES), THREE),
+    "looped_bfs": (streams("looped_bfs", 2, MICRO_BATCHES, 2), FOUR),
+    "zbv": (streams("zbv", 2, MICRO_BATCHES), FOUR),
+    "dualpipev": (streams("dualpipev", 2, MICRO_BATCHES), FOUR),
     "own": (own(), FOUR),
 }
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from pipetutor.core.partition import fastest
 from pipetutor.planner.bound import lower_bound
 from pipetutor.planner.decoder import blocks_of
-from pipetutor.planner.layout import Layout
+from pipetutor.planner.layout import SCHEDULES, Layout
 from pipetutor.planner.plan import problem_of
 from pipetutor.planner.search import judge
-from pipetutor.schedule.orders import SCHEDULES, build
+from pipetutor.schedule.orders import build
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.timeline import peak_live
 

@@ -8,25 +8,16 @@ from unittest.mock import MagicMock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_schedules import accepted, full
 
-from pipetutor.schedule import orders, rules
-from pipetutor.schedule.orders import (
-    SCHEDULES,
-    STEP,
-    Instruction,
-    build,
-    closed_form,
-    deepspeed_1f1b,
-)
+from pipetutor.schedule import formulas, orders, rules
+from pipetutor.schedule.formulas import closed_form
+from pipetutor.schedule.orders import SCHEDULES, STEP, Instruction, build
 from pipetutor.schedule.rules import ScheduleError, check, picture
 
 GRID = [(ranks, micro_batches) for ranks in range(1, 7) for micro_batches in (1, 2, 3, 4, 6, 8, 12, 15)]
 TORCH = {"FORWARD": "ForwardPass", "FULL_BACKWARD": "BackwardPass"}
 TORCH |= {"BACKWARD_INPUT": "BackwardInput", "BACKWARD_WEIGHT": "BackwardWeight"}
-
-
-def full(stages, micro_batches):
-    return [list(deepspeed_1f1b(stages, micro_batches, stage)) for stage in range(stages)]
 
 
 def passes(stream):
@@ -50,10 +41,14 @@ def run_by_torch(schedule, ranks, micro_batches, rank):
 
 
 def planned_by_torch(schedule, ranks, micro_batches, rank, chunks):
-    """torch's list of actions, whose method reads four numbers; it writes None where a rank waits."""
+    """torch's list of actions, whose method reads a few numbers; it writes None where a rank waits.
+
+    Of two passes that it runs at once, the forward pass stands first.
+    """
     numbers = SimpleNamespace(_n_microbatches=micro_batches, pp_group_size=ranks, n_local_stages=chunks)
-    numbers.microbatches_per_round = ranks
+    numbers.microbatches_per_round, numbers.num_stages, numbers._stages = ranks, ranks * chunks, [None] * chunks
     actions = [action for action in schedule._calculate_single_rank_operations(numbers, rank) if action]
+    actions = [part for action in actions for part in action.sub_actions or (action,)]
     return [Instruction(TORCH[a.computation_type.name], a.stage_index, a.microbatch_index) for a in actions]
 
 
@@ -64,13 +59,15 @@ def test_order_is_torchs(ranks, micro_batches):
     for name, schedule in (("gpipe", torchs.ScheduleGPipe), ("1f1b", torchs.Schedule1F1B)):
         for rank, stream in enumerate(build(name, ranks, micro_batches)):
             assert passes(stream) == run_by_torch(schedule, ranks, micro_batches, rank)
-    schedule = torchs.ScheduleInterleavedZeroBubble
-    for rank, stream in enumerate(build("zero_bubble", ranks, micro_batches)):
-        assert passes(stream) == planned_by_torch(schedule, ranks, micro_batches, rank, 1)
-    schedule = torchs.ScheduleInterleaved1F1B
-    for chunks in (2, 3, 4) if micro_batches % ranks == 0 else ():
-        for rank, stream in enumerate(build("interleaved_1f1b", ranks, micro_batches, chunks)):
-            assert passes(stream) == planned_by_torch(schedule, ranks, micro_batches, rank, chunks)
+    planned = [("zero_bubble", torchs.ScheduleInterleavedZeroBubble, 1), ("zbv", torchs.ScheduleZBVZeroBubble, 2)]
+    planned += [("looped_bfs", torchs.ScheduleLoopedBFS, chunks) for chunks in (2, 3, 4)]
+    if micro_batches % ranks == 0:
+        planned += [("interleaved_1f1b", torchs.ScheduleInterleaved1F1B, chunks) for chunks in (2, 3, 4)]
+    if micro_batches >= 2 * ranks:
+        planned += [("dualpipev", torchs.ScheduleDualPipeV, 2)]
+    for name, schedule, chunks in planned:
+        for rank, stream in enumerate(build(name, ranks, micro_batches, chunks)):
+            assert passes(stream) == planned_by_torch(schedule, ranks, micro_batches, rank, chunks), name
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
@@ -87,6 +84,20 @@ def test_full_stream_is_deepspeeds(stages):
             assert expected == [(i.name, None if i.name in STEP else i.micro_batch % buffers) for i in ours]
 
 
+@pytest.mark.parametrize("ranks", range(1, 7))
+def test_dualpipev_is_deepspeeds_whose_backward_passes_are_whole(ranks):
+    from deepspeed.runtime.pipe.schedule import DualPipeVSchedule
+
+    for micro_batches in range(2 * ranks, 2 * ranks + 9):
+        for rank, ours in enumerate(build("dualpipev", ranks, micro_batches)):
+            theirs = DualPipeVSchedule(micro_batches=micro_batches, stages=ranks, stage_id=rank)
+            found = [
+                (i.name, *divmod(i.buffer_id, micro_batches)) for step in theirs for i in step if "Pass" in i.name
+            ]
+            whole = [i._replace(name=i.name.replace("Input", "Pass")) for i in passes(ours)]
+            assert found == [(i.name, int(i.stage != rank), i.micro_batch) for i in whole if "Weight" not in i.name]
+
+
 @pytest.mark.parametrize(
     ("schedule", "ranks", "micro_batches", "chunks"),
     [
@@ -95,6 +106,9 @@ def test_full_stream_is_deepspeeds(stages):
         ("1f1b", 3, 4, 1),
         ("interleaved_1f1b", 2, 4, 2),
         ("zero_bubble", 3, 5, 1),
+        ("looped_bfs", 2, 3, 2),
+        ("zbv", 2, 4, 2),
+        ("dualpipev", 2, 5, 2),
     ],
 )
 def test_docstring_shows_the_schedule(schedule, ranks, micro_batches, chunks):
@@ -111,7 +125,7 @@ def test_picture_of_a_full_stream():
 
 
 def test_examples_of_the_docstrings():
-    assert [doctest.testmod(module).failed for module in (orders, rules)] == [0, 0]
+    assert [doctest.testmod(module).failed for module in (formulas, orders, rules)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -121,8 +135,11 @@ def test_examples_of_the_docstrings():
         (("naive", 4, 0), "4 ranks and 0 micro-batches: use at least 1 of each"),
         (("interleaved_1f1b", 4, 6, 2), "6 micro-batches are not a multiple of 4 ranks.* use 8 micro-batches"),
         (("interleaved_1f1b", 4, 8, 1), "chunks is 1, .* at least 2 a rank: chunks=2 .*, or 1f1b"),
-        (("1f1b", 4, 8, 2), "2 chunks, but 1f1b has 1 on each rank: use interleaved_1f1b"),
-        (("1b1f", 4, 8), "unknown schedule '1b1f': use naive, gpipe, 1f1b, interleaved_1f1b, zero_bubble"),
+        (("looped_bfs", 4, 6), "chunks is 1, .* at least 2 a rank: chunks=2 .*, or gpipe"),
+        (("1f1b", 4, 8, 2), "2 chunks, but 1f1b has 1 on each rank: use interleaved_1f1b or looped_bfs"),
+        (("zbv", 4, 8, 3), "3 chunks, but zbv has always 2 on each rank: leave chunks out"),
+        (("dualpipev", 4, 7), "as many micro-batches as stages, two for each rank: use 8 or more, not 7, or zbv"),
+        (("1b1f", 4, 8), "unknown schedule '1b1f': use naive, .*, zero_bubble, looped_bfs, zbv, dualpipev"),
     ],
 )
 def test_bad_numbers_teach(arguments, message):
@@ -136,8 +153,9 @@ def test_no_such_rank():
 
 
 def test_no_closed_form():
-    with pytest.raises(ValueError, match="3 micro-batches on 4 ranks: use 4 or more"):
-        closed_form("zero_bubble", 4, 3)
+    for name, chunks, enough in (("zero_bubble", 1, 4), ("looped_bfs", 2, 4), ("zbv", 1, 7)):
+        with pytest.raises(ValueError, match=f"{name} .* {enough - 1} micro-batches .*: use {enough} or more"):
+            closed_form(name, 4, enough - 1, chunks)
     with pytest.raises(ValueError, match="unknown schedule"):
         closed_form("zb", 4, 3)
     with pytest.raises(ValueError, match="3 chunks, but gpipe has 1 on each rank"):
@@ -150,11 +168,10 @@ def test_no_closed_form():
 def valid(draw, names=(*SCHEDULES, "deepspeed"), least_ranks=1):
     """A schedule of up to 4 ranks."""
     name = draw(st.sampled_from(names))
-    ranks = draw(st.integers(least_ranks, 4))
-    if name == "interleaved_1f1b":
-        return build(name, ranks, ranks * draw(st.integers(1, 2)), draw(st.integers(2, 3)))
-    micro_batches = draw(st.integers(1, 6))
-    return full(ranks, micro_batches) if name == "deepspeed" else build(name, ranks, micro_batches)
+    ranks, micro_batches = draw(st.integers(least_ranks, 4)), draw(st.integers(1, 6))
+    if name == "deepspeed":
+        return full(ranks, micro_batches)
+    return build(name, ranks, *accepted(name, ranks, micro_batches, draw(st.integers(2, 3))))
 
 
 def place_of(draw, streams, wanted):

@@ -9,27 +9,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_schedules import accepted, full
 
 from pipetutor.schedule import simulate as module
 from pipetutor.schedule import timeline as timeline_module
+from pipetutor.schedule.formulas import closed_form
 from pipetutor.schedule.orders import (
+    LOOPED,
     SCHEDULES,
     STEP,
+    V_SHAPED,
     Instruction,
     build,
-    closed_form,
-    deepspeed_1f1b,
     one_f_one_b,
+    stages_a_rank,
 )
-from pipetutor.schedule.rules import ScheduleError, check
+from pipetutor.schedule.rules import GRADIENT, PASSES, ScheduleError, check
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.timeline import KINDS, SPAN, peak_live
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=60)
-
-
-def full(stages, micro_batches):
-    return [list(deepspeed_1f1b(stages, micro_batches, stage)) for stage in range(stages)]
 
 
 def rows(timeline, rank):
@@ -39,15 +38,15 @@ def rows(timeline, rank):
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(1, 2), (1, 1), (3, 1), (1, 7.3)])
-@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b", "interleaved_1f1b", "deepspeed"])
+@pytest.mark.parametrize("schedule", ["naive", "gpipe", "1f1b", *LOOPED, "deepspeed"])
 def test_idle_share_is_the_closed_form(schedule, forward, backward):
     for ranks, micro_batches in itertools.product((1, 2, 3, 5, 8), (1, 2, 4, 15, 16)):
-        for chunks in (2, 3) if schedule == "interleaved_1f1b" else (1,):
+        for chunks in (2, 3) if schedule in LOOPED else (1,):
             costs = Costs.equal(ranks * chunks, forward, backward)
             if schedule == "deepspeed":
                 expected = closed_form("1f1b", ranks, micro_batches)
                 streams = full(ranks, micro_batches)
-            elif chunks > 1 and micro_batches % ranks:
+            elif chunks > 1 and (micro_batches % ranks if schedule == "interleaved_1f1b" else micro_batches < ranks):
                 continue
             else:
                 expected = closed_form(schedule, ranks, micro_batches, chunks)
@@ -67,6 +66,29 @@ def test_zero_bubble_is_the_papers(times):
             assert timeline.seconds == pytest.approx(micro_batches * sum(times) + bubble, rel=1e-12)
             if len(set(times)) == 1:
                 assert timeline.bubble == pytest.approx(closed_form("zero_bubble", ranks, micro_batches), abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", V_SHAPED)
+def test_a_v_idles_as_its_closed_form_says(schedule):
+    """Where F, B and W take the same time. In ZB-V no rank waits between its first pass and its last."""
+    codes = [KINDS.index(kind) for kind in PASSES]
+    for ranks, more in itertools.product(range(1, 8), (0, 1, 2, 9)):
+        micro_batches = 2 * ranks - (schedule == "zbv") + more
+        timeline = simulate(build(schedule, ranks, micro_batches), Costs.equal(2 * ranks))
+        assert timeline.bubble == pytest.approx(closed_form(schedule, ranks, micro_batches), abs=1e-12)
+        assert timeline.seconds == 6 * micro_batches + ranks - 1
+        for rank in range(ranks) if schedule == "zbv" else ():
+            passes = timeline.of(rank)[np.isin(timeline.of(rank)["kind"], codes)]
+            assert passes["begin"][0] == rank and passes["end"][-1] == rank + 6 * micro_batches
+
+
+@pytest.mark.parametrize("micro_batches", [8, 13])
+def test_live_micro_batches_of_a_v(micro_batches):
+    """Of stages half as large: 2P are what rank 0 of 1F1B has, and DualPipeV has one more, as DeepSeek says."""
+    for ranks in (1, 2, 3, 4):
+        for schedule, most in (("zbv", 2 * ranks), ("dualpipev", 2 * ranks + 1)):
+            peaks = peak_live(simulate(build(schedule, ranks, micro_batches), Costs.equal(2 * ranks)))
+            assert [peak.micro_batches for peak in peaks] == [most] * ranks
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 12])
@@ -92,6 +114,8 @@ def test_live_micro_batches_of_chunks(chunks):
     timeline = simulate(build("interleaved_1f1b", ranks, micro_batches, chunks), Costs.equal(ranks * chunks))
     expected = [(chunks - 1) * ranks + 2 * (ranks - 1 - rank) + 1 for rank in range(ranks)]
     assert [peak.micro_batches for peak in peak_live(timeline)] == expected
+    timeline = simulate(build("looped_bfs", ranks, micro_batches, chunks), Costs.equal(ranks * chunks))
+    assert [peak.micro_batches for peak in peak_live(timeline)] == [chunks * micro_batches] * ranks
 
 
 def test_peak_bytes_are_the_stages():
@@ -222,11 +246,10 @@ def test_512_ranks_in_30_seconds():
 def cases(draw):
     """A schedule of up to 4 ranks, and costs for it."""
     name = draw(st.sampled_from([*SCHEDULES, "deepspeed"]))
-    ranks, micro_batches, chunks = draw(st.integers(1, 4)), draw(st.integers(1, 6)), 1
-    if name == "interleaved_1f1b":
-        micro_batches, chunks = ranks * draw(st.integers(1, 2)), draw(st.integers(2, 3))
+    ranks, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    micro_batches, chunks = accepted(name, ranks, micro_batches, draw(st.integers(2, 3)))
     streams = full(ranks, micro_batches) if name == "deepspeed" else build(name, ranks, micro_batches, chunks)
-    stages = ranks * chunks
+    stages = ranks * stages_a_rank(name, chunks)
     seconds = st.floats(0, 10, allow_subnormal=False)
 
     def each(count):
@@ -247,33 +270,38 @@ def cases(draw):
     return streams, costs
 
 
-def message(costs, boundary, ranks):
+def holders(streams):
+    """The rank of each stage."""
+    found = {i.stage: rank for rank, stream in enumerate(streams) for i in stream if i.micro_batch is not None}
+    return [found[stage] for stage in range(len(found))]
+
+
+def message(costs, boundary, holders):
     """Seconds of a message; within a rank there is none."""
-    return costs.latency + costs.message_bytes[boundary] / costs.bandwidth if ranks > 1 else 0
+    remote = holders[boundary] != holders[boundary + 1]
+    return costs.latency + costs.message_bytes[boundary] / costs.bandwidth if remote else 0
 
 
 @repeatable
 @given(cases())
 def test_no_step_is_shorter_than_its_work_or_its_longest_path(case):
     streams, costs = case
-    timeline, ranks, stages = simulate(streams, costs), len(streams), len(costs.forward)
+    timeline, held, stages = simulate(streams, costs), holders(streams), len(costs.forward)
     micro_batches = 1 + max(i.micro_batch for i in streams[0] if i.micro_batch is not None)
     work = np.add(np.add(costs.forward, costs.backward_input), costs.backward_weight) * micro_batches
     work = work + costs.optimizer + costs.all_reduce
-    longest = max(sum(work[rank::ranks]) for rank in range(ranks))
-    messages = 2 * sum(message(costs, boundary, ranks) for boundary in range(stages - 1))
+    longest = max(sum(work[np.equal(held, rank)]) for rank in range(len(streams)))
+    messages = 2 * sum(message(costs, boundary, held) for boundary in range(stages - 1))
     path = sum(costs.forward) + sum(costs.backward_input) + messages
-    boundaries = range(stages - 1) if ranks > 1 else ()
+    boundaries = [boundary for boundary in range(stages - 1) if held[boundary] != held[boundary + 1]]
     busiest = max((micro_batches * costs.wire(boundary) for boundary in boundaries), default=0)
     assert timeline.seconds >= max(longest, path, busiest) * (1 - 1e-12)
 
 
 def assert_sound(streams, costs):
     """A rank's spans follow each other without a gap, and begin when their input is there."""
-    timeline, ranks, last = simulate(streams, costs), len(streams), len(costs.forward) - 1
+    timeline, held, last = simulate(streams, costs), holders(streams), len(costs.forward) - 1
     assert timeline.spans.dtype == SPAN
-    split = any(i.name == "BackwardInput" for i in streams[0])
-    backward = "BackwardInput" if split else "BackwardPass"
     sends = any(i.name == "SendActivation" for i in streams[0])
     at = {}
     for rank, stream in enumerate(streams):
@@ -292,20 +320,21 @@ def assert_sound(streams, costs):
         if name == "ForwardPass":
             if not sends and stage > 0:
                 sent = at[name, stage - 1, number][1]
-                assert begin >= (sent + message(costs, stage - 1, ranks)) * (1 - 1e-12)
+                assert begin >= (sent + message(costs, stage - 1, held)) * (1 - 1e-12)
             load = costs.load[stage] if costs.load and ("LoadMicroBatch", 0, 0) not in at else 0
             assert end == pytest.approx(begin + load + costs.forward[stage], abs=1e-9)
-        if name == backward:
+        if name in GRADIENT:
             assert begin >= at["ForwardPass", stage, number][1]
             if not sends and stage < last:
-                assert begin >= (at[name, stage + 1, number][1] + message(costs, stage, ranks)) * (1 - 1e-12)
+                made = [at[kind, stage + 1, number][1] for kind in GRADIENT if (kind, stage + 1, number) in at]
+                assert begin >= (made[0] + message(costs, stage, held)) * (1 - 1e-12)
         if name == "BackwardWeight":
-            assert begin >= at[backward, stage, number][1]
+            assert begin >= at["BackwardInput", stage, number][1]
         if name.startswith("Send"):
             receiver = stage + 1 if name == "SendActivation" else stage - 1
             there = at[name.replace("Send", "Recv"), receiver, number]
             assert there[1] == end and begin + waiting == pytest.approx(there[0] + there[2], abs=1e-9)
-            took = message(costs, min(stage, receiver), ranks)
+            took = message(costs, min(stage, receiver), held)
             assert end == pytest.approx(max(begin, there[0]) + took, abs=1e-9)
             made = at["ForwardPass" if name == "SendActivation" else "BackwardPass", stage, number]
             used = at["ForwardPass" if name == "SendActivation" else "BackwardPass", receiver, number]
@@ -332,12 +361,10 @@ def test_messages_between_chunks(ranks):
 @repeatable
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 5), st.integers(1, 8), st.floats(0.1, 10))
 def test_more_micro_batches_never_make_a_larger_bubble(schedule, ranks, micro_batches, backward):
-    step, chunks = (ranks, 2) if schedule == "interleaved_1f1b" else (1, 1)
-    costs = Costs.equal(ranks * chunks, 1.0, backward)
-    few, more = (
-        simulate(build(schedule, ranks, count, chunks), costs).bubble
-        for count in (micro_batches * step, micro_batches * step + step)
-    )
+    few, chunks = accepted(schedule, ranks, micro_batches, 2)
+    costs = Costs.equal(ranks * stages_a_rank(schedule, chunks), 1.0, backward)
+    more = few + (ranks if schedule == "interleaved_1f1b" else 1)
+    few, more = (simulate(build(schedule, ranks, count, chunks), costs).bubble for count in (few, more))
     assert more <= few + 1e-12
 
 
