@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pipetutor.data.fetch import DATA_DIR, SHARED_DIR
-from pipetutor.schedule.orders import SCHEDULES
+from pipetutor.schedule.orders import LOOPED, SCHEDULES
 from pipetutor.system import links
 from pipetutor.system.kinds import KINDS, Kind, check
 
@@ -206,7 +206,7 @@ class Options:
     chunks: int = option(
         1,
         "count",
-        "stages of the model on each rank, for interleaved_1f1b; rank r holds the stages r, r + P, ...",
+        f"stages of the model on each rank, for {' and '.join(LOOPED)}; rank r holds the stages r, r + P, ...",
         "--chunks",
     )
     recompute: bool = option(

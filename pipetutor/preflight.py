@@ -4,6 +4,7 @@
 the same words. No torch: it answers in milliseconds, unless a run on the CPU asks for numbers of 16 bits.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from pipetutor.core.plan import Plan
 from pipetutor.options import PROFILE, Options
 from pipetutor.processes.faults import Fault
 from pipetutor.schedule.formulas import idle_share
-from pipetutor.schedule.orders import SCHEDULES
+from pipetutor.schedule.orders import LOOPED, SCHEDULES, stages_a_rank
+from pipetutor.schedule.rules import ScheduleError, placement
 from pipetutor.schedule.rules import check as check_schedule
-from pipetutor.schedule.rules import placement
 from pipetutor.schedule.text import csv, streams_of
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
@@ -113,11 +114,10 @@ def _check_stages(options: Options, layers: Sequence[Layer], ranks: int) -> None
             "stages is 0, and the baseline has no schedule and no chunks: leave them out (schedule, chunks), or use "
             "1 stage or more"
         )
-    if chunks > 1 and options.schedule != "interleaved_1f1b":
-        named = isinstance(options.schedule, str) and options.schedule in SCHEDULES
-        gives = (
-            f"{options.schedule} gives each rank one stage" if named else "your own schedule says itself what it has"
-        )
+    named = options.schedule if isinstance(options.schedule, str) and options.schedule in SCHEDULES else ""
+    if chunks > 1 and named not in LOOPED:
+        alone = counted(stages_a_rank(named), "stage") if named else ""
+        gives = f"{named} gives each rank {alone}" if named else "your own schedule says itself what a rank has"
         raise ValueError(
             f"chunks is {chunks}, but {gives}: schedule='interleaved_1f1b' (--schedule interleaved_1f1b) takes more"
         )
@@ -127,7 +127,7 @@ def _check_stages(options: Options, layers: Sequence[Layer], ranks: int) -> None
             "more"
         )
     if stages:
-        check_stages(layers, stages * chunks)
+        check_stages(layers, stages * (stages_a_rank(named, chunks) if named else 1))
     if stages and ranks % stages:
         raise ValueError(_other_numbers(ranks, stages))
 
@@ -137,10 +137,13 @@ def _schedule(options: Options, batch: Batch) -> tuple[Options, list[str]]:
     schedule = options.schedule
     if isinstance(schedule, str) and schedule in SCHEDULES:
         return options, []
-    if isinstance(schedule, Path) or (isinstance(schedule, str) and len(schedule.split()) == 1):
+    if isinstance(schedule, Path) or (isinstance(schedule, str) and not re.search(r"[\s,]", schedule)):
         schedule = _read_schedule(Path(schedule))
-    streams = streams_of(schedule, options.stages, batch.accumulation)
-    check_schedule(streams)
+    try:
+        streams = streams_of(schedule, options.stages, batch.accumulation)
+        check_schedule(streams)
+    except ScheduleError as error:
+        raise ValueError(f"schedule: {error}") from None
     holders = placement(streams)
     if len(streams) != options.stages:
         raise ValueError(
@@ -174,7 +177,7 @@ def _read_schedule(path: Path) -> str:
             f"unknown schedule {str(path)!r}, and no file: try {close!r} (there is {', '.join(SCHEDULES)}), or write "
             "one of your own, such as 'F0 F1 B0 B1 / F0 B0 F1 B1'"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # of bytes that are no text, and of a name that is none
         raise ValueError(
             f"schedule {path} cannot be read ({error}): give a text file, with a row for each rank"
         ) from None

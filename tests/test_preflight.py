@@ -29,6 +29,8 @@ from pipetutor.data import fetch
 from pipetutor.options import Options
 from pipetutor.preflight import World, preflight
 from pipetutor.processes.describe import describe
+from pipetutor.schedule.orders import build
+from pipetutor.schedule.text import csv
 from pipetutor.system import machine
 from pipetutor.system.gpus import Gpus
 from pipetutor.system.kinds import shown
@@ -44,6 +46,7 @@ GOOD = dict(
     gpus=Gpus(0),
 )
 TORCH = {"engine": "torch"}
+MINE = csv(build("gpipe", 2, 32)).replace("\n", " / ").removesuffix(" / ")
 
 
 def batch(train, micro):
@@ -162,7 +165,7 @@ WRONG = [
     (planned, dict(stages=0, schedule="gpipe"), ["stages is 0", "no schedule and no chunks", "leave them out"]),
     (planned, dict(stages=0, chunks=2), ["stages is 0", "no schedule and no chunks"]),
     (planned, dict(TORCH, stages=0, schedule="gpipe"), ["stages is 0", "no schedule and no chunks"]),
-    (planned, dict(chunks=2), ["chunks is 2", "1f1b gives each rank one stage", "--schedule interleaved_1f1b"]),
+    (planned, dict(chunks=2), ["chunks is 2", "1f1b gives each rank 1 stage", "--schedule interleaved_1f1b"]),
     (planned, dict(chunks=0), ["chunks is 0", "at least 1"]),
     (planned, dict(TORCH, schedule="interleaved_1f1b"), ["chunks is 1", "at least 2", "chunks=2", "--chunks 2"]),
     (planned, dict(TORCH, schedule="interleaved_1f1b", chunks=5), ["10 stages", "1 to 8"]),
@@ -176,7 +179,29 @@ WRONG = [
         dict(TORCH, schedule="zero_bubble", config=batch(8, 8)),
         ["1 micro-batch on 2 ranks", "use 2 or more"],
     ),
-    (planned, dict(TORCH, schedule="zero_bubble", recompute=True), ["cannot recompute", "use 1f1b"]),
+    (planned, dict(TORCH, schedule="zero_bubble", recompute=True), ["zero_bubble cannot recompute", "use 1f1b"]),
+    (planned, dict(TORCH, schedule="zbv", chunks=3), ["chunks is 3", "zbv gives each rank 2 stages"]),
+    (planned, dict(TORCH, schedule="dualpipev", ranks=5, stages=5), ["10 stages", "1 to 8"]),
+    (
+        planned,
+        dict(TORCH, schedule="F0 F1 B0 B1 / F0 B0 F1 B1"),
+        ["2 micro-batches", "256", "has 32", "size 16, say"],
+    ),
+    (planned, dict(TORCH, schedule=MINE.partition("/")[0]), ["for 1 rank, and stages is 2", "stages=1 (-p 1)"]),
+    (planned, dict(schedule=MINE), ["1f1b, not a schedule of one's own", "engine='torch'"]),
+    (planned, dict(TORCH, schedule=MINE, chunks=2), ["chunks is 2", "your own schedule says itself"]),
+    (planned, dict(TORCH, schedule=MINE, stages=0), ["stages is 0", "no schedule"]),
+    (planned, dict(TORCH, schedule=MINE, partition="0,5,10,22"), ["2 stages need 3 bounds, not 4"]),
+    (
+        planned,
+        dict(TORCH, schedule=MINE.replace("0B31", "0I31,0W31"), recompute=True),
+        ["own cannot recompute"],
+    ),
+    (planned, dict(TORCH, schedule=MINE.replace("0F3,", "0B3,")), ["rank 0 runs BackwardPass 3 of stage 0 twice"]),
+    (planned, dict(TORCH, schedule="/"), ["schedule /", "cannot be read"]),
+    (planned, dict(TORCH, schedule=Path("none.csv")), ["unknown schedule 'none.csv', and no file", "F0 F1 B0 B1"]),
+    (planned, dict(TORCH, schedule=5), ["schedule is 5", "or your own: a function, a text or a file"]),
+    (planned, dict(TORCH, schedule=len), ["len must be a function of ranks, micro_batches and rank"]),
     (planned, dict(stages=0, recompute=True), ["recompute", "stages is 0"]),
     (planned, dict(TORCH, stages=0), ["at least 1 stage", "-p 1", "--engine deepspeed", "baseline"]),
     (planned, dict(TORCH, ranks=4), ["1 replica, not 2", "--engine deepspeed"]),
@@ -573,7 +598,7 @@ def test_what_preflight_accepts_is_consistent(options):
     ranks = options.get("ranks", 2)
     assert plan.batch.train == plan.batch.micro * plan.batch.accumulation * plan.batch.replicas
     assert plan.batch.replicas == (ranks // plan.options.stages if plan.options.stages else ranks)
-    assert len(plan.bounds) in (0, plan.options.stages * plan.options.chunks + 1)
+    assert len(plan.bounds) in (0, len(plan.placement) + 1 if plan.options.stages else 0)
     json.dumps(plan.record())
 
 

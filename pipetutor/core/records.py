@@ -300,7 +300,7 @@ class Run:
         train_batch: images a step, all replicas together.
         micro_batch: images a micro-batch.
         micro_batches: M, micro-batches a step and replica.
-        bounds: partition bounds, P x chunks + 1 layer indices; empty for the baseline.
+        bounds: partition bounds, a layer index for each stage and one for the end; empty for the baseline.
         layers: class name of each layer of the flat model; empty for the baseline.
         status: ``finished``, ``failed``, ``interrupted``, or ``running`` when nothing closed the record.
         details: all of run.json: config, versions, machine.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 __all__ = [
+    "LOOPED",
     "PARTNERS",
     "SCHEDULES",
     "Instruction",

@@ -5,10 +5,10 @@ import pytest
 from torch.distributed.pipelining import schedules as runtime
 
 from pipetutor.schedule import orders, text
-from pipetutor.schedule.orders import SCHEDULES, Instruction, build
-from pipetutor.schedule.rules import ScheduleError, check, picture
+from pipetutor.schedule.orders import LOOPED, SCHEDULES, Instruction, build
+from pipetutor.schedule.rules import ScheduleError, check, picture, placement
 
-CHUNKS = {"interleaved_1f1b": 2}
+CHUNKS = dict.fromkeys(LOOPED, 2)
 every = pytest.mark.parametrize("name", SCHEDULES)
 
 
@@ -28,8 +28,8 @@ def test_what_is_drawn_and_what_is_written_is_read_again(name):
 def test_torch_reads_what_is_written(name):
     streams = build(name, 2, 4, CHUNKS.get(name, 1))
     rows = [[runtime._Action.from_str(cell) for cell in row.split(",")] for row in text.csv(streams).splitlines()]
-    stages = 2 * CHUNKS.get(name, 1)
-    assert runtime._validate_schedule(dict(enumerate(rows)), 2, stages, 4) == {s: s % 2 for s in range(stages)}
+    holders = placement(streams)
+    assert runtime._validate_schedule(dict(enumerate(rows)), 2, len(holders), 4) == dict(enumerate(holders))
 
 
 def test_words_by_hand():
