@@ -164,7 +164,7 @@ def grade(puzzle: Puzzle, schedule: Any) -> Score:
     micro_batches = 1 + max(instruction.micro_batch or 0 for instruction in passes)
     reason = ""
     if micro_batches != puzzle.micro_batches:
-        reason = f"it has {micro_batches} micro-batches, and {puzzle.micro_batches} are wanted"
+        reason = f"micro-batches: it has {micro_batches}, and {puzzle.micro_batches} are wanted"
     elif placement(streams) != puzzle.placement:
         reason = f"stages are on the ranks {placement(streams)}, and should be on {puzzle.placement}"
     elif not puzzle.split and any(instruction.name == "BackwardInput" for instruction in passes):

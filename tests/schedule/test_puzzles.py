@@ -57,7 +57,7 @@ def test_the_numbers_of_the_tasks_are_those_of_known_schedules(name):
     [
         ("twelve slots", "F0 B1 / F0 / F0", ["rank 0 never runs BackwardPass 0"]),
         ("twelve slots", "nothing", ["'nothing' is no pass"]),
-        ("twelve slots", build("gpipe", 3, 5), ["5 micro-batches, and 4 are wanted"]),
+        ("twelve slots", build("gpipe", 3, 5), ["it has 5, and 4 are wanted"]),
         ("twelve slots", build("gpipe", 2, 4), ["on the ranks (0, 1), and should be on (0, 1, 2)"]),
         ("two chunks", build("gpipe", 2, 4), ["(0, 1), and should be on (0, 1, 0, 1)"]),
         ("twelve slots", build("zero_bubble", 3, 4), ["splits backward passes"]),
