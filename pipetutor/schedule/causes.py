@@ -17,19 +17,21 @@ from typing import NamedTuple
 import numpy as np
 
 from pipetutor.schedule.orders import PARTNERS
+from pipetutor.schedule.rules import LETTERS
 from pipetutor.schedule.timeline import CATEGORIES, KINDS, Timeline
 
 __all__ = ["Gap", "Piece", "causes", "critical_path", "path_words"]
 
 PASSES = {"RecvActivation": ("ForwardPass",), "RecvGrad": ("BackwardInput", "BackwardPass")}  # which make a message
 SHOWN = 4  # pieces of a chain that a sentence names
+SMALL = 0.05  # shares of a gap for which it has no words
 
 
 class Piece(NamedTuple):
     """What one rank did for a while.
 
     Attributes:
-        rank: which; of a message, the one that it goes to.
+        rank: which; of a message, one that stood still for it.
         begin: in seconds.
         end: in seconds.
         name: of the instruction; ``""`` between two of them, ``"waiting"`` where nobody is known to have been waited
@@ -64,7 +66,8 @@ class Piece(NamedTuple):
             return f"rank {self.rank} between two instructions"
         if self.micro_batch < 0:
             return f"{self.name} of rank {self.rank}"
-        return f"{self.name} {self.micro_batch} of stage {self.stage}"
+        name = LETTERS[self.name] if self.category == "compute" else f"{self.name} "
+        return f"{name}{self.micro_batch} of stage {self.stage}"
 
 
 class Gap(NamedTuple):
@@ -102,8 +105,8 @@ class Gap(NamedTuple):
         long = amount(self.seconds, unit)
         if self.kind != "waiting":
             return f"rank {self.rank} spends {long} on {self.reason}"
-        names = list(dict.fromkeys(map(str, self.chain)))
-        if len(names) > SHOWN:
+        names = list(dict.fromkeys(str(piece) for piece in self.chain if piece.seconds > SMALL * self.seconds))
+        if len(names) > SHOWN + 1:
             names[SHOWN // 2 : -SHOWN // 2] = [f"{len(names) - SHOWN} more"]
         meanwhile = f"; meanwhile: {', '.join(names)}" if names else ""
         return f"rank {self.rank} waits {long} for {self.reason}{meanwhile}"
@@ -126,8 +129,8 @@ def causes(timeline: Timeline) -> list[Gap]:
     >>> from pipetutor.schedule.simulate import Costs, simulate
     >>> gaps = causes(simulate(build("1f1b", 3, 1), Costs.equal(3, backward=1)))
     >>> print(gaps[0].words("slots"))  # doctest: +NORMALIZE_WHITESPACE
-    rank 0 waits 4 slots for the gradient of micro-batch 0 from stage 1; meanwhile: ForwardPass 0 of stage 1,
-    ForwardPass 0 of stage 2, BackwardPass 0 of stage 2, BackwardPass 0 of stage 1
+    rank 0 waits 4 slots for the gradient of micro-batch 0 from stage 1; meanwhile: F0 of stage 1, F0 of stage 2,
+    B0 of stage 2, B0 of stage 1
     """
     walk = _Walk(timeline)
     return [gap for rank in range(timeline.ranks) for gap in walk.gaps(rank)]
@@ -146,8 +149,8 @@ def critical_path(timeline: Timeline) -> list[Piece]:
 
     >>> from pipetutor.schedule.orders import build
     >>> from pipetutor.schedule.simulate import Costs, simulate
-    >>> print(*critical_path(simulate(build("gpipe", 2, 1), Costs.equal(2)))[:3], sep=", then ")
-    ForwardPass 0 of stage 0, then ForwardPass 0 of stage 1, then BackwardPass 0 of stage 1
+    >>> print(*critical_path(simulate(build("gpipe", 2, 1), Costs.equal(2))), sep=", then ")
+    F0 of stage 0, then F0 of stage 1, then B0 of stage 1, then B0 of stage 0
     """
     walk = _Walk(timeline)
     last = max(range(timeline.ranks), key=lambda rank: timeline.of(rank)["end"].max(initial=-np.inf))
@@ -268,6 +271,8 @@ class _Walk:
                 pass_by(float(span["begin"]), piece._replace(name="waiting"))
             else:
                 rank = awaited[0]
+        if met:
+            met[-1] = met[-1]._replace(begin=stop)
         return met[::-1]
 
     def _piece(self, rank: int, index: int) -> Piece:
@@ -283,7 +288,7 @@ class _Walk:
             where = self._last_to_come(rank, index)
             found = None if where is None else (where, None)
             who = "another rank" if where is None else f"rank {where}"
-            return found, f"{who}, the last to come to {'the end of the step' if name == 'AggregateLoss' else name}"
+            return found, f"{who} to {'end the step' if name == 'AggregateLoss' else f'come to {name}'}"
         partner, direction = PARTNERS[name]
         there = stage + direction
         message = _message(name, micro_batch)
@@ -298,12 +303,11 @@ class _Walk:
         """Return the rank for which a collective waited: it came to its own part, or to its end, just then."""
         span = self._spans[rank][index]
         ready = float(span["begin"] + span["waiting"])
-        came = [
-            (abs(float(moment) - ready), other)
-            for other, spans in enumerate(self._spans)
-            if other != rank and len(spans)
-            for moment in (*spans["begin"][spans["kind"] == span["kind"]], spans["end"][-1])
-        ]
+        came = []
+        for other, spans in enumerate(self._spans):
+            same = spans["kind"] == span["kind"]
+            moments = [*spans["begin"][same], *spans["end"][~same][-1:]]
+            came += [(abs(float(moment) - ready), other) for moment in moments if other != rank]
         return min(came)[1] if came else None
 
     def _find_flights(self) -> dict[tuple[int, int], tuple[float, int]]:

@@ -138,8 +138,8 @@ def _meet(spans: np.ndarray) -> bool:
         partner, direction = PARTNERS[name]
         other = ends.get((partner, stage + direction, micro_batch))
         if name.startswith("Send"):
-            met.append(other is not None and other["end"] > span["begin"])
-    return bool(met) and all(met)
+            met.append(other is not None and other["end"] >= span["begin"])
+    return all(met)
 
 
 def costs_of(timeline: Timeline) -> Costs:
