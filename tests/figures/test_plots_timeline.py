@@ -64,7 +64,7 @@ def test_why_draws_the_critical_path_and_says_what_the_longest_gaps_wait_for():
         "meanwhile: F1 of stage 1, B0 of stage 1",
         "3   rank 1 waits 2 slots for rank 0 to end the step; meanwhile: B1 of stage 0",
     ]
-    for words in (*(line[4:] for line in said), "the critical path, 9 slots long, is 6 slots computing on stage 1"):
+    for words in (*(line[4:] for line in said), "the critical path, 9 slots long, is 5 slots computing on stage 0"):
         assert words in figure.description
     assert "critical path" in [text.get_text() for text in figure.legends[0].texts]
     assert not any(text.get_bbox_patch() for text in plots_timeline.timelines({"": timeline}).axes[0].texts)
