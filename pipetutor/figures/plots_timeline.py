@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import Stroke, withStroke
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.figures.picture import COLOURS, STYLES, Picture, brief, in_our_style, plain
+from pipetutor.figures.picture import COLOURS, PREDICTED, STYLES, Picture, brief, in_our_style, plain
 from pipetutor.schedule.causes import Gap, Piece, causes, critical_path, path_words
 from pipetutor.schedule.orders import PARTNERS
 from pipetutor.schedule.rules import LETTERS
@@ -102,7 +102,7 @@ def timelines(
             _mark_path(axes, critical_path(timeline), timeline.begin, scale)
             _number_gaps(axes, said[title], timeline.begin, scale)
         if predicted is not None:
-            axes.axvline(predicted, color="black", linewidth=1.5, linestyle="--")
+            axes.axvline(predicted, **PREDICTED)
         axes.set_title(headings[title], loc="left", fontsize=9 if why else 10)
         axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)], fontsize=9)
         axes.set_ylim(timeline.ranks - 0.45, -0.55)
@@ -112,7 +112,7 @@ def timelines(
     panels[-1, 0].set_xlabel("milliseconds" if unit == "ms" else unit)
     lines = [Line2D([], [], color="black", linewidth=2, label="critical path")] if why else []
     if predicted is not None:
-        lines.append(Line2D([], [], color="black", linewidth=1.5, linestyle="--", label="your prediction"))
+        lines.append(Line2D([], [], **PREDICTED))
     _legend(figure, [look for look in LOOKS if look in used], lines)
     words = []
     for title, timeline in rows.items():

@@ -6,13 +6,15 @@
     tally()                                       # at the end of the lesson
 
 A cell says what it has to say in a line, and a prediction never stops a lesson: nobody need make one, and what cannot
-be understood is said and left out. What was typed is kept in the kernel, and nowhere else. Standard library alone.
+be understood is said and left out. What was typed is kept in the kernel, and nowhere else.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from pipetutor.system.kinds import counted, shown
 
 __all__ = ["answer", "predict", "predicted", "tally"]
 
@@ -32,14 +34,14 @@ class _Question:
             for choice in self.choices:
                 if _plain(choice) == _plain(typed):
                     return choice
-            raise ValueError(f"{typed!r} is none of {self.allowed}")
+            raise ValueError(f"{shown(typed)} is none of {self.allowed}")
         percent = isinstance(typed, str) and typed.strip().endswith("%")
         try:
             number = float(typed.strip().removesuffix("%")) if isinstance(typed, str) else float(typed)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or isinstance(typed, bool):
-            raise ValueError(f"{typed!r} is no number: type {self.allowed}")
+            raise ValueError(f"{shown(typed)} is no number: type {self.allowed}")
         return number / 100 if percent or (self.unit == "%" and abs(number) > 1) else number
 
     @property
@@ -155,7 +157,7 @@ def tally() -> None:
         return
     wrong = [name for name, right in answered.items() if not right]
     missed = f"; look again at {', '.join(wrong)}" if wrong else ""
-    print(f"You were right {len(answered) - len(wrong)} of {len(answered)} times{missed}")
+    print(f"You were right {len(answered) - len(wrong)} of {counted(len(answered), 'time')}{missed}")
 
 
 def _plain(value: Any) -> str:
