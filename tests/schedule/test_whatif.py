@@ -12,7 +12,7 @@ from pipetutor.schedule import whatif as module
 from pipetutor.schedule.orders import build, deepspeed_1f1b
 from pipetutor.schedule.rules import ScheduleError
 from pipetutor.schedule.simulate import Costs, simulate
-from pipetutor.schedule.timeline import CODE, Timeline
+from pipetutor.schedule.timeline import CODE, SPAN, Timeline
 from pipetutor.schedule.whatif import costs_of, faster, streams_of
 from pipetutor.tracing import trace
 
@@ -36,6 +36,17 @@ def test_costs_are_those_that_it_was_simulated_with(streams):
     both = np.add(found.backward_input, found.backward_weight)
     assert both.tolist() == np.add(given_.backward_input, given_.backward_weight).tolist()
     assert [found.message(boundary) for boundary in range(2)] == [0.5, 0.5]
+
+
+def test_a_message_that_was_there_before_it_was_asked_for_says_nothing_of_its_way():
+    """In the background: rank 1 waits for one activation of three, which takes half a second from when it is made."""
+    rows = [(0, 0, CODE["ForwardPass"], number, number, number + 1, 0) for number in range(3)]
+    receives = [(0.0, 1.5, 1.0), (5.5, 5.51, 0.0), (8.5, 8.51, 0.0)]
+    for number, (begin, end, waits) in enumerate(receives):
+        rows.append((1, 1, CODE["RecvActivation"], number, begin, end, waits))
+        rows.append((1, 1, CODE["ForwardPass"], number, end, end + 1, 0))
+    spans = np.array([(rank, stage, 0, *rest, 0) for rank, stage, *rest in rows], SPAN)
+    assert costs_of(Timeline(spans, 0.0, 10.0)).message(0) == 0.5
 
 
 def test_the_slow_stage_is_the_one_that_counts():
