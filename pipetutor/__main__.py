@@ -8,9 +8,10 @@ COMMANDS = {
     "certify": "does the pipeline compute what one process computes?",
     "costs": "what does each layer cost on this machine?",
     "plan": "which stages, replicas, micro-batches and schedule are best on a cluster?",
+    "view": "a run's trace in Perfetto's own interface, without network",
     "weights": "write a checkpoint's weights as a torchvision state_dict",
 }
-MODULES = {"plan": "planner"}  # of commands that are not called as theirs
+MODULES = {"plan": "planner", "view": "tracing.view"}  # of commands that are not called as theirs
 
 
 def main() -> None:
