@@ -9,9 +9,11 @@ COMMANDS = {
     "costs": "what does each layer cost on this machine?",
     "plan": "which stages, replicas, micro-batches and schedule are best on a cluster?",
     "scores": "the answers of a class to the puzzles, graded and ranked",
+    "view": "a run's trace in Perfetto's own interface, without network",
     "weights": "write a checkpoint's weights as a torchvision state_dict",
 }
-MODULES = {"plan": "planner", "scores": "lessons.scores"}  # of commands that are not called as theirs
+# Of commands that are not called as their modules
+MODULES = {"plan": "planner", "scores": "lessons.scores", "view": "tracing.view"}
 
 
 def main() -> None:

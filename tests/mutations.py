@@ -250,6 +250,42 @@ SCHEDULE = [
     Mutation("schedule/formulas.py", "2 * ranks - 1 if", "2 * ranks - 2 if", "schedule/test_orders.py"),
     Mutation("schedule/simulate.py", "left + costs.latency", "left", "schedule/test_simulate.py"),
     Mutation("schedule/simulate.py", "max(self.burst, self.buffer)", "self.buffer", "schedule/test_simulate.py"),
+    Mutation(
+        "schedule/causes.py",
+        "left, rank = self._flights.get((rank, index), (ready, rank))",
+        "left = ready",
+        "schedule/test_causes.py",
+    ),
+    Mutation(
+        "schedule/causes.py",
+        "found[place] = (before, rank) if queued else (made, sender)",
+        "found[place] = (made, sender)",
+        "schedule/test_causes.py::test_messages_that_wait_for_the_wire_are_one_behind_the_other",
+    ),
+    Mutation(
+        "schedule/causes.py",
+        'moments = [*spans["begin"][same], *spans["end"][~same][-1:]]',
+        'moments = [*spans["begin"][same], *spans["end"][-1:]]',
+        "schedule/test_causes.py",
+    ),
+    Mutation(
+        "schedule/causes.py",
+        "if awaited is None or awaited[0] in asked:",
+        "if awaited is None:",
+        "schedule/test_causes.py::test_clocks_that_disagree_close_no_circle",
+    ),
+    Mutation(
+        "schedule/whatif.py",
+        "return all(met)",
+        "return False",
+        "schedule/test_whatif.py::test_a_simulated_timeline_gives_its_streams_back",
+    ),
+    Mutation(
+        "schedule/whatif.py",
+        "waited & (spans",
+        "(spans",
+        "schedule/test_whatif.py::test_a_message_that_was_there_before_it_was_asked_for_says_nothing_of_its_way",
+    ),
     Mutation("costs/links.py", "(ranks - 1) / ranks * size", "ranks / (ranks - 1) * size", "costs/test_links.py"),
     Mutation("costs/links.py", "min(costs.bandwidth, useful / 8)", "useful / 8", "costs/test_links.py"),
 ]
@@ -350,6 +386,24 @@ AROUND = [
         "left = (begins + waits)[chosen]",
         "left = begins[chosen]",
         "figures/test_plots_timeline.py",
+    ),
+    Mutation(
+        "figures/plots_timeline.py",
+        "points[-1][1] != below):",
+        "points[-1][1] == below):",
+        "figures/test_plots_timeline.py::test_a_way_of_a_message_goes_aslant_from_rank_to_rank",
+    ),
+    Mutation(
+        "lessons/predictions.py",
+        "question.right = right if question.right is None else question.right",
+        "question.right = right",
+        "lessons/test_predict.py::test_the_first_prediction_counts",
+    ),
+    Mutation(
+        "lessons/predictions.py",
+        'percent or (self.unit == "%" and abs(number) > 1)',
+        "percent",
+        "lessons/test_predict.py::test_a_share_may_be_typed_in_many_ways",
     ),
     Mutation(
         "lessons/hazards.py",

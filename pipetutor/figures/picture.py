@@ -20,6 +20,8 @@ __all__ = ["Picture", "explore"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "xxx")
+# How a figure marks what its reader has predicted.
+PREDICTED: dict[str, Any] = {"color": "black", "linewidth": 1.5, "linestyle": "--", "label": "your prediction"}
 
 # Decorates what draws: with matplotlib's own settings, whatever the user's are (LaTeX, black, a missing font).
 in_our_style = style.context("default")

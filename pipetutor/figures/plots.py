@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipetutor.core.records import Run
 from pipetutor.costs.table import LayerCosts
-from pipetutor.figures.picture import COLOURS, HATCHES, STYLES, Picture, brief, in_our_style, plain
+from pipetutor.figures.picture import COLOURS, HATCHES, PREDICTED, STYLES, Picture, brief, in_our_style, plain
 
 __all__ = ["certificate", "layer_costs", "layers", "losses", "passes", "sample_images", "stages"]
 
@@ -38,12 +38,13 @@ def sample_images(images: Sequence[tuple[object, str]], columns: int = 10) -> Fi
 
 
 @in_our_style
-def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
+def losses(runs: Mapping[str, Run], chance: float | None = None, predicted: float | None = None) -> Figure:
     """Draw the loss of each step for one or more runs, the later ones dashed so that equal ones both show.
 
     Args:
         runs: a legend entry for each run.
         chance: the loss of guessing, drawn as a horizontal line.
+        predicted: the loss that a reader expected at the beginning, drawn as a dashed one.
     """
     figure = Picture(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -61,15 +62,19 @@ def losses(runs: Mapping[str, Run], chance: float | None = None) -> Figure:
     if chance is not None:
         axes.axhline(chance, color="grey", linewidth=1, zorder=0)
         axes.text(1, chance, "guessing", color="dimgrey", fontsize=9, va="bottom")
+    if predicted is not None:
+        axes.axhline(predicted, zorder=0, **PREDICTED)
     axes.set_xlabel("step")
     axes.set_ylabel("mean loss of the train batch")
     axes.margins(y=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(runs) > 1 or chance is not None:
+    if len(runs) > 1 or chance is not None or predicted is not None:
         axes.legend(frameon=False)
     plain(axes)
     ends = [f"{name} from {run.losses[0]:.3g} to {run.losses[-1]:.3g}" for name, run in runs.items()]
-    figure.description = f"Loss of each step: {'; '.join(ends)}" + (f"; guessing: {chance:.3g}." if chance else ".")
+    ends += [f"guessing: {chance:.3g}"] if chance else []
+    ends += [] if predicted is None else [f"you predicted {predicted:.3g}"]
+    figure.description = f"Loss of each step: {'; '.join(ends)}."
     return figure
 
 

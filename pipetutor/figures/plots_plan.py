@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipetutor.figures.picture import Picture, brief, in_our_style, plain
+from pipetutor.figures.picture import PREDICTED, Picture, brief, in_our_style, plain
 
 __all__ = ["step_parts"]
 
@@ -23,12 +23,13 @@ LOOKS = {
 
 
 @in_our_style
-def step_parts(steps: Mapping[str, Mapping[str, float]], label: str = "") -> Figure:
+def step_parts(steps: Mapping[str, Mapping[str, float]], label: str = "", predicted: object = None) -> Figure:
     """Draw the seconds of steps, each a pile of its parts; the shortest one has its seconds in bold.
 
     Args:
         steps: for each layout the seconds of its parts; none where it does not fit.
         label: what the names of the layouts are.
+        predicted: which of them a reader took for the shortest; a dashed line goes around it.
 
     Raises:
         ValueError: none of them fits.
@@ -53,6 +54,9 @@ def step_parts(steps: Mapping[str, Mapping[str, float]], label: str = "") -> Fig
             axes.text(place, total, f"{total:.3g}", ha="center", va="bottom", weight=weight, fontsize=9)
         else:
             axes.text(place, 0, " does not fit", ha="center", va="bottom", rotation=90, color="dimgrey", fontsize=9)
+    guess = list(steps).index(str(predicted)) if str(predicted) in steps else None
+    if guess is not None:
+        axes.axvspan(guess - 0.46, guess + 0.46, 0, 0.995, fill=False, **PREDICTED)
     axes.set_xticks(range(len(steps)), list(steps), fontsize=9)
     axes.set_xlabel(label)
     axes.set_ylabel("seconds a step, mean of the ranks")
@@ -68,4 +72,6 @@ def step_parts(steps: Mapping[str, Mapping[str, float]], label: str = "") -> Fig
         words.append(f"{name}: {brief(total)} s, of which {said}" if total else f"{name} does not fit")
     about = f" over {label}" if label else ""
     figure.description = f"Seconds of a step{about}. {'; '.join(words)}. The shortest: {list(steps)[best]}."
+    if guess is not None:
+        figure.description += f" You predicted {predicted}."
     return figure

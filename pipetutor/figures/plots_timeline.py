@@ -3,16 +3,22 @@
 Colours are Okabe and Ito's. Each kind has a texture of its own, too, so that the figures can be read in grey.
 """
 
+import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import Stroke, withStroke
 from matplotlib.ticker import MaxNLocator
 
-from pipetutor.figures.picture import COLOURS, STYLES, Picture, brief, in_our_style, plain
+from pipetutor.figures.picture import COLOURS, PREDICTED, STYLES, Picture, brief, in_our_style, plain
+from pipetutor.schedule.causes import Gap, Piece, causes, critical_path, path_words
+from pipetutor.schedule.orders import PARTNERS
 from pipetutor.schedule.rules import LETTERS
 from pipetutor.schedule.timeline import CATEGORIES, COLUMNS, KINDS, Timeline
 from pipetutor.tracing.trace import Step
@@ -48,6 +54,8 @@ LOOK_OF = {
     "OptimizerStep": "optimizer",
 }
 CHUNK_SHADES = 0.45  # how much darker the last of a rank's chunks is than its first
+EXPLAINED = 3  # gaps of a timeline whose causes are written out
+LETTERS_ON_A_LINE = 135  # above a timeline
 
 
 def _require(rows: object) -> None:
@@ -58,7 +66,9 @@ def _require(rows: object) -> None:
 
 
 @in_our_style
-def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
+def timelines(
+    rows: Mapping[str, Timeline], unit: str = "ms", why: bool = False, predicted: float | None = None
+) -> Figure:
     """Draw timelines one above the other on one time axis, each beginning at zero.
 
     A rank is a row, which is filled while it computes. A thin bar is waiting. Boxes carry the number of their
@@ -67,12 +77,20 @@ def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
     Args:
         rows: a title for each timeline, such as theory and measurement.
         unit: ``ms``, or what a simulated second stands for, such as ``units of time``.
+        why: mark the critical path with a line below the boxes that it goes through, number the longest gaps, and
+            say above each timeline what they waited for.
+        predicted: how long a reader thought that the step would be, in ``unit``; drawn as a dashed line.
     """
     _require(rows)
+    gaps = {title: _longest(timeline) if why else [] for title, timeline in rows.items()}
+    numbers = itertools.count(1)
+    said = {title: [(next(numbers), gap) for gap in found] for title, found in gaps.items()}
+    headings = {title: _heading(title, timeline, unit, said[title]) for title, timeline in rows.items()}
     scale = 1e3 if unit == "ms" else 1.0
     longest = max(timeline.seconds for timeline in rows.values()) * scale
     ranks = [timeline.ranks for timeline in rows.values()]
     height = 1.15 + sum(0.42 * count + 0.5 for count in ranks)
+    height += 0.165 * sum(heading.count("\n") for heading in headings.values())
     figure = Picture(figsize=(9.5, height), layout="constrained")
     panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=[n + 0.6 for n in ranks])
     used: dict[str, None] = {}
@@ -80,21 +98,69 @@ def timelines(rows: Mapping[str, Timeline], unit: str = "ms") -> Figure:
         for rank in range(timeline.ranks):
             _row(axes, timeline, rank, scale, longest, used)
         axes.axvline(timeline.seconds * scale, color="black", linewidth=1)
-        axes.set_title(f"{title}: {brief(timeline.seconds * scale)} {unit}", loc="left", fontsize=10)
+        if why:
+            _mark_path(axes, critical_path(timeline), timeline.begin, scale)
+            _number_gaps(axes, said[title], timeline.begin, scale)
+        if predicted is not None:
+            axes.axvline(predicted, **PREDICTED)
+        axes.set_title(headings[title], loc="left", fontsize=9 if why else 10)
         axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)], fontsize=9)
         axes.set_ylim(timeline.ranks - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
         plain(axes)
-    panels[-1, 0].set_xlim(0, longest * 1.005)
+    panels[-1, 0].set_xlim(0, max(longest, predicted or 0.0) * 1.005)
     panels[-1, 0].set_xlabel("milliseconds" if unit == "ms" else unit)
-    _legend(figure, [look for look in LOOKS if look in used])
+    lines = [Line2D([], [], color="black", linewidth=2, label="critical path")] if why else []
+    if predicted is not None:
+        lines.append(Line2D([], [], **PREDICTED))
+    _legend(figure, [look for look in LOOKS if look in used], lines)
     words = []
     for title, timeline in rows.items():
         waits = [account["waiting"] / timeline.seconds for account in timeline.accounting()]
         span = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(waits), max(waits))))
         words.append(f"{title}: {brief(timeline.seconds * scale)} {unit}, of which a rank waits {span}")
+        if why:
+            words += [path_words(critical_path(timeline), unit), *(gap.words(unit) for gap in gaps[title])]
+    if predicted is not None:
+        words.append(f"you predicted {brief(predicted)} {unit}")
     figure.description = f"What each rank does when. {'; '.join(words)}."
     return figure
+
+
+def _longest(timeline: Timeline) -> list[Gap]:
+    """Return the longest gaps that are long enough to be worth a word, in the order of time."""
+    waits = [gap for gap in causes(timeline) if gap.seconds > 0.02 * timeline.seconds]
+    return sorted(sorted(waits, key=lambda gap: -gap.seconds)[:EXPLAINED], key=lambda gap: gap.begin)
+
+
+def _heading(title: str, timeline: Timeline, unit: str, said: Sequence[tuple[int, Gap]]) -> str:
+    scale = 1e3 if unit == "ms" else 1.0
+    lines = [f"{title}: {brief(timeline.seconds * scale)} {unit}"]
+    for number, gap in said:
+        lines += textwrap.wrap(f"{number}   {gap.words(unit)}", LETTERS_ON_A_LINE, subsequent_indent="     ")
+    return "\n".join(lines)
+
+
+def _mark_path(axes: Axes, path: Sequence[Piece], origin: float, scale: float) -> None:
+    """Draw the critical path: below each box that is on it, and from rank to rank where it goes over."""
+    points: list[tuple[float, float]] = []
+    for piece in path:
+        below = piece.rank + 0.43
+        if not (points and piece.name in PARTNERS and points[-1][1] != below):  # a message goes over aslant
+            points.append(((piece.begin - origin) * scale, below))
+        points.append(((piece.end - origin) * scale, below))
+    halo = [Stroke(linewidth=4.5, foreground="white"), withStroke(linewidth=2, foreground="black")]
+    across, down = zip(*points, strict=True)
+    axes.plot(across, down, color="black", linewidth=2, path_effects=halo, solid_joinstyle="round", zorder=4)
+
+
+def _number_gaps(axes: Axes, said: Sequence[tuple[int, Gap]], origin: float, scale: float) -> None:
+    disc = {"boxstyle": "circle,pad=0.2", "facecolor": "black", "edgecolor": "white"}
+    for number, gap in said:
+        middle = ((gap.begin + gap.end) / 2 - origin) * scale
+        axes.text(
+            middle, gap.rank, str(number), ha="center", va="center", color="white", fontsize=8, bbox=disc, zorder=5
+        )
 
 
 def _row(axes: Axes, timeline: Timeline, rank: int, scale: float, longest: float, used: dict[str, None]) -> None:
@@ -136,9 +202,16 @@ def _bars(axes: Axes, left: np.ndarray, width: np.ndarray, rank: int, look: str,
     )
 
 
-def _legend(figure: Figure, looks: Sequence[str]) -> None:
-    handles = [Patch(facecolor=LOOKS[k][0], hatch=LOOKS[k][1], edgecolor="white", label=k) for k in looks]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False, fontsize=9)
+def _legend(figure: Figure, looks: Sequence[str], lines: Sequence[Line2D]) -> None:
+    boxes = [Patch(facecolor=LOOKS[k][0], hatch=LOOKS[k][1], edgecolor="white", label=k) for k in looks]
+    handles = [*boxes, *lines]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 9 - len(lines)),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 PARTS = {

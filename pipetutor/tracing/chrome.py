@@ -6,10 +6,15 @@ from typing import Any
 import numpy as np
 
 from pipetutor.core.records import to_json
+from pipetutor.schedule.orders import PARTNERS
 from pipetutor.schedule.timeline import CATEGORIES, KINDS
 from pipetutor.tracing.trace import by_place, load, waits_for
 
 __all__: list[str] = []
+
+# Microseconds. Perfetto lets an arrow go from the slice that begins first to the other, whatever its ends are called,
+# and binds an end to the slice that began last. So a receiver's transfer begins a hair after its sender's.
+HAIR = 0.01
 
 # What "waiting" means in a trace, by whether its engine sends and receives with blocking calls.
 WAITING = {
@@ -20,16 +25,23 @@ WAITING = {
 
 
 def write_chrome(directory: Path) -> Path:
-    """Write a run's trace as Chrome trace events, for Perfetto and chrome://tracing.
+    """Write a run's trace as Chrome trace events to ``trace.json``, and return that file."""
+    path = directory / "trace.json"
+    path.write_text(chrome_trace(directory))
+    return path
 
-    A replica is a process there and a rank a thread. Waiting is a slice within its instruction, a message an
-    arrow from Send to Recv, and memory a counter.
+
+def chrome_trace(directory: Path) -> str:
+    """Return a run's trace as Chrome trace events, for Perfetto and chrome://tracing.
+
+    A replica is a process there and a rank a thread. Waiting is a slice within its instruction, and so is the
+    transfer after it; a message is an arrow from Send to Recv, or from the pass that made it, and memory a counter.
 
     Args:
         directory: of the run.
 
     Returns:
-        The file, ``trace.json``. Its format: Chrome's "Trace Event Format", JSON object form; times in microseconds.
+        JSON of Chrome's "Trace Event Format", object form; times in microseconds.
 
     Raises:
         ValueError: see ``load``.
@@ -56,7 +68,11 @@ def write_chrome(directory: Path) -> Path:
             events.append(slices | {"name": title, "dur": lasts})
             if span["waiting"] > 0:
                 events.append(slices | {"name": "waiting", "cat": "waiting", "dur": 1e6 * span["waiting"]})
-            sender = waits_for(span, place, blocking) if name.startswith("Recv") else None
+            receives = name.startswith("Recv")
+            if name in PARTNERS and (receives or span["waiting"] > 0):
+                waits = min(1e6 * span["waiting"] + HAIR * receives, lasts)
+                events.append(slices | {"name": "transfer", "ts": begin + waits, "dur": lasts - waits})
+            sender = waits_for(span, place, blocking) if receives else None
             if sender is not None:
                 leaves, arrives = _ends(sender[0], span, blocking)
                 arrow = {"name": name[4:], "cat": "message", "id": len(events), "pid": replica}
@@ -64,10 +80,8 @@ def write_chrome(directory: Path) -> Path:
                 events.append(arrow | {"ph": "f", "bp": "e", "ts": 1e6 * (arrives - origin), "tid": rank})
             counter = {"ph": "C", "name": f"memory of rank {rank}", "ts": begin + lasts, "pid": replica}
             events.append(counter | {"args": {"MB": float(span["memory"]) / 1e6}})
-    path = directory / "trace.json"
     about = {"waiting": WAITING[blocking], "devices": [head["device"] for head in trace.heads]}
-    path.write_text(to_json({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
-    return path
+    return to_json({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about})
 
 
 def _ends(sender: np.ndarray, receiver: np.ndarray, blocking: bool) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import pytest
 from test_descriptions import RUN
 
 from pipetutor.costs.table import LayerCost, LayerCosts
-from pipetutor.figures import plots
+from pipetutor.figures import plots, plots_plan
 from pipetutor.figures.picture import Picture, explore
 
 
@@ -103,3 +103,22 @@ def test_a_control_draws_the_picture_anew(monkeypatch):
     assert drawn == [("b", 3), ("b", 5), ("a", 5)]
     assert shown.value != before and ' alt="a, 5" src="data:image/png;base64,iVBO' in shown.value
     assert [(control.description, control.value) for control in (choice, slider)] == [("name", "a"), ("size", 5)]
+
+
+def test_the_shortest_step_that_was_predicted_is_marked():
+    steps = {"2": {"compute": 2.0}, "4": {"compute": 1.0}}
+    figure = plots_plan.step_parts(steps, predicted=2)
+    (mark,) = [patch for patch in figure.axes[0].patches if patch.get_linestyle() == "--"]
+    assert mark.get_x() < 0 < mark.get_x() + mark.get_width() < 1 and figure.description.endswith("You predicted 2.")
+    for none in (None, 8):
+        figure = plots_plan.step_parts(steps, predicted=none)
+        assert not [patch for patch in figure.axes[0].patches if patch.get_linestyle() == "--"]
+        assert "predicted" not in figure.description
+
+
+def test_the_loss_that_was_predicted_is_a_dashed_line(run):
+    figure = plots.losses({"two stages": run}, 2.303, predicted=1.0)
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_label() == "your prediction"] == [
+        [1, 1]
+    ]
+    assert figure.description.endswith("guessing: 2.3; you predicted 1.")

@@ -43,6 +43,62 @@ def test_what_waits_is_drawn_behind_its_waiting():
     assert len(waited) and {*transfers} <= boxes
 
 
+def test_why_draws_the_critical_path_and_says_what_the_longest_gaps_wait_for():
+    """GPipe, two micro-batches: down to rank 1 when F0 is made, and back up with its gradient."""
+    timeline = theory("gpipe", 2, 2)
+    figure = plots_timeline.timelines({"GPipe": timeline}, unit="slots", why=True)
+    axes = figure.axes[0]
+    (path,) = [line for line in axes.lines if line.get_path_effects()]
+    assert path.get_color() == "black" and path.get_linewidth() > 1.5, "to be seen in print"
+    corners = [tuple(map(float, point)) for point in zip(*path.get_data(), strict=True)]
+    above, below = 0.43, 1.43
+    assert corners[:2] == [(0, above), (1, above)] and corners[-2:] == [(7, above), (9, above)]
+    assert {corner for corner in corners if corner[1] == below} == {(x, below) for x in (1, 2, 3, 5)}
+    discs = {text.get_text(): text.get_position() for text in axes.texts if text.get_bbox_patch()}
+    assert discs == {"1": (0.5, 1), "2": (3.5, 0), "3": (8, 1)}
+    heading, *said = axes.get_title(loc="left").splitlines()
+    assert heading == "GPipe: 9 slots"
+    assert said == [
+        "1   rank 1 waits 1 slot for the activation of micro-batch 0 from stage 0; meanwhile: F0 of stage 0",
+        "2   rank 0 waits 3 slots for the gradient of micro-batch 0 from stage 1; "
+        "meanwhile: F1 of stage 1, B0 of stage 1",
+        "3   rank 1 waits 2 slots for rank 0 to end the step; meanwhile: B1 of stage 0",
+    ]
+    for words in (*(line[4:] for line in said), "the critical path, 9 slots long, is 5 slots computing on stage 0"):
+        assert words in figure.description
+    assert "critical path" in [text.get_text() for text in figure.legends[0].texts]
+    assert not any(text.get_bbox_patch() for text in plots_timeline.timelines({"": timeline}).axes[0].texts)
+
+
+def test_the_numbers_of_gaps_go_on_from_timeline_to_timeline():
+    figure = plots_timeline.timelines({"one": theory("gpipe", 3), "other": theory("1f1b", 3)}, "slots", why=True)
+    seen = [[t.get_text() for t in axes.texts if t.get_bbox_patch()] for axes in figure.axes]
+    assert seen == [["1", "2", "3"], ["4", "5", "6"]]
+    axes = figure.axes[1]
+    assert len(axes.get_title(loc="left").splitlines()) >= 4
+    figure._repr_png_()  # draws it: only then a text has a place
+    for axes in figure.axes:
+        assert axes._left_title.get_window_extent().x1 < figure.bbox.x1, "words are cut off"
+
+
+def test_a_way_of_a_message_goes_aslant_from_rank_to_rank():
+    costs = Costs((2, 3), (1, 2), (1, 2), message_bytes=(10,), latency=0.5, bandwidth=20)
+    axes = plots_timeline.timelines({"": simulate(build("1f1b", 2, 1), costs)}, "s", why=True).axes[0]
+    (path,) = [line for line in axes.lines if line.get_path_effects()]
+    corners = dict.fromkeys(tuple(map(float, point)) for point in zip(*path.get_data(), strict=True))
+    assert list(corners) == [(0, 0.43), (2, 0.43), (3, 1.43), (6, 1.43), (10, 1.43), (11, 0.43), (13, 0.43)]
+
+
+def test_a_prediction_is_a_dashed_line():
+    figure = plots_timeline.timelines({"": theory()}, "slots", predicted=20)
+    dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in dashed] == [[20, 20]]
+    assert figure.axes[0].get_xlim()[1] >= 20, "one that is too long is seen, too"
+    assert "you predicted 20 slots" in figure.description
+    assert "your prediction" in [text.get_text() for text in figure.legends[0].texts]
+    assert "predict" not in plots_timeline.timelines({"": theory()}, "slots").description
+
+
 def test_a_slow_step_is_written_out():
     slow = simulate(build("1f1b", 2, 4), Costs.equal(2, 0.75))
     figure = plots_timeline.timelines({"theory": slow})

@@ -163,14 +163,16 @@ def test_chrome_trace(traced):
         assert {"name", "ph", "pid"} <= event.keys()
         by_phase.setdefault(event["ph"], []).append(event)
     assert by_phase.keys() == {"M", "X", "s", "f", "C"}
-    slices = [e for e in by_phase["X"] if e["cat"] != "waiting"]
+    slices = [e for e in by_phase["X"] if e["name"] not in ("waiting", "transfer")]
     assert len(slices) == sum(len(step.timeline.spans) for step in trace.load(traced).steps)
     assert all(e["dur"] >= 0 and e["ts"] >= 0 and {"tid", "args"} <= e.keys() for e in by_phase["X"])
     assert sorted(e["id"] for e in by_phase["s"]) == sorted(e["id"] for e in by_phase["f"])
     assert len({e["id"] for e in by_phase["s"]}) == len(by_phase["s"]) == 3 * 2 * 4 * 2
     for arrow in by_phase["s"] + by_phase["f"]:
         end = {"s": "Send", "f": "Recv"}[arrow["ph"]]
-        assert innermost(by_phase["X"], arrow).split()[0] == end + arrow["name"]
+        assert around(slices, arrow)["name"].split()[0] == end + arrow["name"]
+        assert arrow["ph"] == "s" or around(by_phase["X"], arrow)["name"] == "transfer"
+    assert forwards(by_phase)
     assert one_micro_batch(by_phase)
     arrives = {e["id"]: e["ts"] for e in by_phase["f"]}
     assert all(e["ts"] < arrives[e["id"]] for e in by_phase["s"]), "a message cannot arrive before it leaves"
@@ -178,18 +180,26 @@ def test_chrome_trace(traced):
     assert waits and all(any(e["ts"] == w["ts"] and e["dur"] >= w["dur"] for e in slices) for w in waits)
 
 
-def innermost(slices, arrow):
+def around(slices, arrow):
     """The slice that a viewer binds the end of an arrow to: of those around it the one that began last."""
-    around = [e for e in slices if e["tid"] == arrow["tid"] and e["ts"] <= arrow["ts"] < e["ts"] + e["dur"]]
-    return max(around, key=lambda e: (e["ts"], -e["dur"]))["name"]
+    open_then = [e for e in slices if e["tid"] == arrow["tid"] and e["ts"] <= arrow["ts"] < e["ts"] + e["dur"]]
+    return max(open_then, key=lambda e: (e["ts"], -e["dur"]))
+
+
+def ends(by_phase):
+    """For each arrow the slices at its two ends."""
+    leaves, arrives = ({e["id"]: around(by_phase["X"], e) for e in by_phase[phase]} for phase in "sf")
+    return [(leaves[number], arrives[number]) for number in leaves]
 
 
 def one_micro_batch(by_phase):
     """Whether both ends of each arrow are in slices of the same micro-batch."""
-    ends = {}
-    for arrow in by_phase["s"] + by_phase["f"]:
-        ends.setdefault(arrow["id"], set()).add(innermost(by_phase["X"], arrow).split()[1])
-    return all(len(numbers) == 1 for numbers in ends.values())
+    return all(one["args"]["micro_batch"] == other["args"]["micro_batch"] for one, other in ends(by_phase))
+
+
+def forwards(by_phase):
+    """Whether each arrow leaves a slice that begins before the one at its other end: else Perfetto turns it round."""
+    return all(one["ts"] < other["ts"] for one, other in ends(by_phase))
 
 
 def test_arrows_of_messages_in_the_background(runs):
@@ -203,7 +213,8 @@ def test_arrows_of_messages_in_the_background(runs):
         assert left["ts"] < arrives[message]["ts"] and left["tid"] != arrives[message]["tid"]
     by_phase = {phase: [e for e in events if e["ph"] == phase] for phase in "Xsf"}
     made = {"Activation": "ForwardPass", "Grad": "BackwardPass"}
-    assert all(innermost(by_phase["X"], arrow).split()[0] == made[arrow["name"]] for arrow in by_phase["s"])
+    assert all(around(by_phase["X"], arrow)["name"].split()[0] == made[arrow["name"]] for arrow in by_phase["s"])
+    assert forwards(by_phase)
     assert one_micro_batch(by_phase)
 
 
