@@ -6,9 +6,10 @@ must not have computed with torch: the threads that it computes with do not surv
 
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,26 @@ def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: in
         traceback.print_exc()
         answer.send((None, f"{type(error).__name__}: {error}"))
     sys.stdout.flush()
-    os._exit(0)  # no engine of a case is worth an orderly end, which can take seconds
+    while True:  # until it is killed: another one may still wait for a message of this one
+        signal.pause()
 
 
-def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) -> list[Any]:
+def forked(
+    works: Sequence[Callable[[], Any]],
+    log: Path,
+    seconds: float = 120,
+    silent: Callable[[Mapping[int, int]], None] = lambda _: None,
+) -> list[Any]:
     """Run functions at once, each in a fork of this process, and leave none of them running.
+
+    No engine is worth an orderly end, which can take seconds: when all have answered, or one has failed, they are
+    killed.
 
     Args:
         works: what to run.
         log: where what they print is added.
         seconds: how long to wait for the next answer.
+        silent: is told the processes, by rank, of those that have not answered in time, before they are killed.
 
     Returns:
         What they return, in their order.
@@ -62,6 +73,7 @@ def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) 
         while waiting:
             ready = wait(list(waiting), timeout=seconds)
             if not ready:
+                silent({index: pid for index in waiting.values() if (pid := children[index].pid)})
                 raise RuntimeError(f"no answer within {seconds:.0f} s from rank {min(waiting.values())}")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
