@@ -19,7 +19,7 @@ from pipetutor.processes.children import end_with
 __all__ = ["forked", "meet"]
 
 
-def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int) -> None:
+def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int, stays: bool) -> None:
     """Run in a forked process: what libraries print goes to a file, an exception to the parent."""
     end_with(parent)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -31,25 +31,25 @@ def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: in
         traceback.print_exc()
         answer.send((None, f"{type(error).__name__}: {error}"))
     sys.stdout.flush()
-    while True:  # until it is killed: another one may still wait for a message of this one
+    while stays:  # until it is killed
         signal.pause()
+    os._exit(0)  # no engine of a case is worth an orderly end, which can take seconds
 
 
 def forked(
     works: Sequence[Callable[[], Any]],
     log: Path,
     seconds: float = 120,
+    stay: bool = False,
     silent: Callable[[Mapping[int, int]], None] = lambda _: None,
 ) -> list[Any]:
     """Run functions at once, each in a fork of this process, and leave none of them running.
-
-    No engine is worth an orderly end, which can take seconds: when all have answered, or one has failed, they are
-    killed.
 
     Args:
         works: what to run.
         log: where what they print is added.
         seconds: how long to wait for the next answer.
+        stay: whether one that has answered stays until all have, so that the others do not find it gone.
         silent: is told the processes, by rank, of those that have not answered in time, before they are killed.
 
     Returns:
@@ -64,7 +64,7 @@ def forked(
     try:
         for work in works:
             here, there = fork.Pipe(duplex=False)
-            child = fork.Process(target=_in_child, args=(work, there, log, os.getpid()), daemon=True)
+            child = fork.Process(target=_in_child, args=(work, there, log, os.getpid(), stay), daemon=True)
             child.start()
             there.close()
             children.append(child)
@@ -88,6 +88,7 @@ def forked(
     finally:
         for child in children:
             child.kill()
+        for child in children:
             child.join()
         for pipe in pipes:
             pipe.close()

@@ -62,6 +62,26 @@ class Call(NamedTuple):
         """Of the function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
+    def check(self) -> None:
+        """Raise ValueError unless it can be made."""
+        if not callable(self.function):
+            raise ValueError(
+                f"function is {shown(self.function)}, but must be a function, such as def step(rank, ranks): ..."
+            )
+        check("ranks", self.ranks, whole(1, MOST_RANKS))
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # one that is written in C may not tell
+            return
+        try:
+            signature.bind(0, self.ranks, *self.arguments)
+        except TypeError as error:
+            more = f" and {counted(len(self.arguments), 'more argument')}" if self.arguments else ""
+            raise ValueError(
+                f"every rank calls {self.name}(rank, ranks, ...) with its number, their count{more}, which does not "
+                f"fit {self.name}{signature}: {error}"
+            ) from None
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -69,13 +89,11 @@ class Outcome:
 
     Attributes:
         returned: what the ranks returned; nothing where one of them has not.
-        reason: why not, in words, a line for each rank that is to blame; empty where all have.
-        silent: whether no rank answered within the deadline.
+        reason: why not, in words and in lines of the learner's; empty where all have.
     """
 
     returned: list[Any]
     reason: str = ""
-    silent: bool = False
 
 
 @briefly
@@ -104,7 +122,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, *args: Any, deadline: flo
     """
     call = Call(function, ranks, args)
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder, getattr(function, "__name__", "function"))
+        directory = Path(folder, call.name)
         try:
             (outcome,) = outcomes([call], deadline, call.name, directory)
         finally:
@@ -116,16 +134,16 @@ def on_ranks(function: Callable[..., Any], ranks: int, *args: Any, deadline: flo
 
 
 def outcomes(calls: Sequence[Call], deadline: float, unit: str, directory: Path) -> list[Outcome]:
-    """Make calls one after the other, in one start of a process, until one of them gets no answer.
+    """Make calls one after the other, in one start of a process, until one of them fails.
 
     Args:
-        calls: what to call. None after one that is silent is made: it would be silent as long.
+        calls: what to call.
         deadline: as in ``on_ranks``.
         unit: what a call is, for the bar.
         directory: where all is kept; it is made.
 
     Returns:
-        What came of those that were made.
+        What came of those that were made, at most the last of which has failed.
 
     Raises:
         ValueError: one of them cannot be made; nothing was started.
@@ -133,13 +151,13 @@ def outcomes(calls: Sequence[Call], deadline: float, unit: str, directory: Path)
     """
     check("deadline", deadline, "above 0")
     for call in calls:
-        _check(call)
+        call.check()
     try:
         packed = _packed(list(calls))
     except Exception as error:  # whatever an object's own way to be pickled raises
         raise ValueError(
-            f"{calls[0].name}, its arguments, or what it uses of the notebook cannot be sent to another process: "
-            f"{error}. Make it inside the function"
+            f"the function, its arguments or what it uses of the notebook cannot be sent to other processes: {error}."
+            " Make it inside the function"
         ) from None
     directory.mkdir()
     (directory / CALLS).write_bytes(packed)
@@ -171,36 +189,16 @@ def _packed(content: Any) -> bytes:
     return packed.getvalue()
 
 
-def _check(call: Call) -> None:
-    """Raise ValueError unless a call can be made."""
-    if not callable(call.function):
-        raise ValueError(
-            f"function is {shown(call.function)}, but must be a function, such as def step(rank, ranks): ..."
-        )
-    check("ranks", call.ranks, whole(1, MOST_RANKS))
-    try:
-        inspected = inspect.signature(call.function)
-    except ValueError:  # one that is written in C may not tell
-        return
-    try:
-        inspected.bind(0, call.ranks, *call.arguments)
-    except TypeError as error:
-        more = f" and {counted(len(call.arguments), 'more argument')}" if call.arguments else ""
-        raise ValueError(
-            f"every rank calls {call.name}(rank, ranks, ...) with its number, their count{more}, which does not fit "
-            f"{call.name}{inspected}: {error}"
-        ) from None
-
-
 def _outcome(folder: Path, row: dict[str, Any], deadline: float) -> Outcome:
     """Read what the ranks of a call have left behind."""
     if not row["failed"]:
         return Outcome([pickle.loads(answer) for answer in pickle.loads((folder / ANSWERS).read_bytes())])
-    if failures := records.read_failures(folder):
-        first = failures[0]
-        places = _own_places(first["traceback"])
+    failures = records.read_failures(folder)
+    if not row["silent"] and failures:
+        places = _own_places(failures[0]["traceback"])
         way = [f"    at: {place}" for place in places[-1:]] + [f"    called at: {place}" for place in places[-2::-1]]
-        return Outcome([], "\n".join([f"rank {first['rank']} raised {first['error']}", *way]))
+        error = " ".join(failures[0]["error"].split())
+        return Outcome([], "\n".join([f"rank {failures[0]['rank']} raised {error}", *way]))
     if not row["silent"]:
         return Outcome([], f"{row['failed']}. Its process is gone: killed, or ended by the function itself")
     stands = []
@@ -213,7 +211,7 @@ def _outcome(folder: Path, row: dict[str, Any], deadline: float) -> Outcome:
             stands.append(f"    rank {rank} stands at: {places[0] if places else 'no line of yours, or is stopped'}")
     who = "no rank has" if len(row["silent"]) == row["ranks"] else "not every rank has"
     head = f"{who} returned within {deadline:g} s, and all were ended. When that was over,"
-    return Outcome([], "\n".join([head, *stands, "If they were only slow, give a longer deadline."]), silent=True)
+    return Outcome([], "\n".join([head, *stands, "If they were only slow, give a longer deadline."]))
 
 
 def _own_places(trace: str) -> list[str]:
@@ -287,13 +285,13 @@ def _answer(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
         try:
             works = [partial(_rank, call, rank, folder) for rank in range(call.ranks)]
-            answers = forked(works, folder / "log", asked["deadline"], ask)
+            answers = forked(works, folder / "log", asked["deadline"], stay=True, silent=ask)
             (folder / ANSWERS).write_bytes(pickle.dumps(answers))
         except RuntimeError as error:
             failed = str(error)
-        brief = "silent" if silent else "failed" if failed else counted(call.ranks, "rank")
+        brief = "failed" if failed else counted(call.ranks, "rank")
         yield {"ranks": call.ranks, "failed": failed, "silent": silent, "brief": brief}
-        if silent:
+        if failed:
             return
 
 
