@@ -62,12 +62,12 @@ class Certificate:
     Attributes:
         rows: a dict for each comparison; see ``pipetutor.certify.proof.judge``.
         skipped: rows that this machine has no memory for.
-        directory: where ``certificate.json`` holds the same.
+        directory: where ``certificate.json`` holds the same; None where nothing is kept.
     """
 
     rows: list[dict[str, Any]] = field(repr=False)
     skipped: list[dict[str, Any]]
-    directory: Path
+    directory: Path | None
 
     @property
     def passed(self) -> bool:
@@ -228,5 +228,6 @@ def main() -> None:
     """Run ``certify`` from the command line; status 1 if it does not pass, 2 for bad input."""
     certificate = command(certify, "pipetutor.certify")
     print(certificate)
+    assert certificate.directory
     print(f"written to {certificate.directory / 'certificate.json'}")
     sys.exit(0 if certificate.passed else 1)

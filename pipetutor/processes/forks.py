@@ -6,9 +6,10 @@ must not have computed with torch: the threads that it computes with do not surv
 
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipetutor.processes.children import end_with
 __all__ = ["forked", "meet"]
 
 
-def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int) -> None:
+def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int, stays: bool) -> None:
     """Run in a forked process: what libraries print goes to a file, an exception to the parent."""
     end_with(parent)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -30,16 +31,26 @@ def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: in
         traceback.print_exc()
         answer.send((None, f"{type(error).__name__}: {error}"))
     sys.stdout.flush()
+    while stays:  # until it is killed
+        signal.pause()
     os._exit(0)  # no engine of a case is worth an orderly end, which can take seconds
 
 
-def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) -> list[Any]:
+def forked(
+    works: Sequence[Callable[[], Any]],
+    log: Path,
+    seconds: float = 120,
+    stay: bool = False,
+    silent: Callable[[Mapping[int, int]], None] = lambda _: None,
+) -> list[Any]:
     """Run functions at once, each in a fork of this process, and leave none of them running.
 
     Args:
         works: what to run.
         log: where what they print is added.
         seconds: how long to wait for the next answer.
+        stay: whether one that has answered stays until all have, so that the others do not find it gone.
+        silent: is told the processes, by rank, of those that have not answered in time, before they are killed.
 
     Returns:
         What they return, in their order.
@@ -53,7 +64,7 @@ def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) 
     try:
         for work in works:
             here, there = fork.Pipe(duplex=False)
-            child = fork.Process(target=_in_child, args=(work, there, log, os.getpid()), daemon=True)
+            child = fork.Process(target=_in_child, args=(work, there, log, os.getpid(), stay), daemon=True)
             child.start()
             there.close()
             children.append(child)
@@ -62,6 +73,7 @@ def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) 
         while waiting:
             ready = wait(list(waiting), timeout=seconds)
             if not ready:
+                silent({index: pid for index in waiting.values() if (pid := children[index].pid)})
                 raise RuntimeError(f"no answer within {seconds:.0f} s from rank {min(waiting.values())}")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
@@ -76,6 +88,7 @@ def forked(works: Sequence[Callable[[], Any]], log: Path, seconds: float = 120) 
     finally:
         for child in children:
             child.kill()
+        for child in children:
             child.join()
         for pipe in pipes:
             pipe.close()

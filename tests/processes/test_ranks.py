@@ -1,0 +1,237 @@
+"""A learner's own function in real ranks: what it returns and prints, where it fails, and that nothing stays."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import HANGS, processes_of, wait_until
+from jupyter_client.manager import start_new_kernel
+
+from pipetutor.processes.ranks import Call, on_ranks, outcomes
+from pipetutor.processes.watch import RunFailed
+
+
+@pytest.fixture(autouse=True)
+def folder(runs, monkeypatch):
+    """Where the jobs of a test are, by whose path its processes are known."""
+    monkeypatch.setenv("TMPDIR", str(runs.parent))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield runs.parent
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+
+def exchange(rank, ranks, start):
+    """Send a number around; speak before and after it, and at the end without ending the line."""
+    import torch
+    import torch.distributed as dist
+
+    print("sends\nreceives")
+    x = torch.tensor([float(start + rank)])
+    sending = dist.isend(x, (rank + 1) % ranks)
+    y = torch.empty(1)
+    dist.recv(y, (rank - 1) % ranks)
+    sending.wait()
+    print("done", end="")
+    return rank, ranks, y, torch.get_num_threads(), dist.get_backend()
+
+
+def test_ranks_exchange_and_what_they_print_is_shown(capsys, folder):
+    found = on_ranks(exchange, 3, 10)
+    assert [(r, n, y.item(), *more) for r, n, y, *more in found] == [
+        (0, 3, 12.0, 1, "gloo"),
+        (1, 3, 10.0, 1, "gloo"),
+        (2, 3, 11.0, 1, "gloo"),
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == [f"rank {r}: {word}" for r in range(3) for word in ("done", "receives", "sends")]
+    for rank in range(3):
+        assert [line for line in said if f"rank {rank}" in line][-1].endswith("done")
+    assert not processes_of(folder) and not any(folder.iterdir()), "nothing is kept"
+
+
+def hold(rank, ranks):
+    import torch
+    import torch.distributed as dist
+
+    x = torch.zeros(1)
+    print("waits")
+    if rank < 2:
+        dist.recv(x, 1 - rank)
+
+
+def test_a_deadlock_is_ended_and_says_where_each_rank_stands(capsys):
+    with pytest.raises(RunFailed) as failed:
+        on_ranks(hold, 3, deadline=2)
+    line = hold.__code__.co_firstlineno + 7
+    assert str(failed.value).splitlines() == [
+        "not every rank has returned within 2 s, and all were ended. When that was over,",
+        *(
+            f"    rank {r} stands at: dist.recv(x, 1 - rank)   (line {line} of test_ranks.py, in hold)"
+            for r in (0, 1)
+        ),
+        "    rank 2 has returned",
+        "If they were only slow, give a longer deadline.",
+    ]
+    assert failed.value.directory is None and "rank 2: waits" in capsys.readouterr().out
+
+
+def multiply(x):
+    return x @ x
+
+
+def fail(rank, ranks):
+    import torch
+    import torch.distributed as dist
+
+    if rank == 1:
+        multiply(torch.zeros(2, 3))
+    dist.barrier()
+
+
+def test_what_a_rank_raises_is_told_by_its_own_lines():
+    """The other one waits for it, and would have to be told that it is gone."""
+    with pytest.raises(RunFailed) as failed:
+        on_ranks(fail, 2)
+    first, *lines = str(failed.value).splitlines()
+    assert first.startswith("rank 1 raised RuntimeError: ") and "2x3 and 2x3" in first
+    assert [line.partition("   (")[0] for line in lines] == [
+        "    at: return x @ x",
+        "    called at: multiply(torch.zeros(2, 3))",
+    ]
+
+
+def die(rank, ranks):
+    import os
+
+    os._exit(3)
+
+
+def give(rank, ranks):
+    return (number for number in range(3))
+
+
+def test_a_rank_that_is_gone_and_one_whose_answer_cannot_be_sent_are_told():
+    with pytest.raises(RunFailed, match=r"rank \d: it ended without an answer. Its process is gone"):
+        on_ranks(die, 2)
+    with pytest.raises(RunFailed, match=r"raised TypeError: what give returned cannot be sent to the notebook: "):
+        on_ranks(give, 2)
+
+
+def test_no_call_is_made_after_one_that_fails(folder):
+    calls = [Call(exchange, 2, (5,)), Call(exchange, 3, (6,)), Call(die, 1), Call(exchange, 2, (7,))]
+    found = outcomes(calls, 60, "call", folder / "several")
+    assert [(len(one.returned), bool(one.reason)) for one in found] == [(2, False), (3, False), (0, True)]
+
+
+LOCK = __import__("threading").Lock()
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ((3, 2), "function is 3, but must be a function, such as def step(rank, ranks): ..."),
+        ((die, 0), "ranks is 0, but must be a whole number of at least 1 and at most 16"),
+        ((die, "2"), "ranks is '2', but must be a whole number"),
+        (
+            (exchange, 2),
+            "every rank calls exchange(rank, ranks, ...) with its number, their count, which does not fit "
+            "exchange(rank, ranks, start): missing a required argument: 'start'",
+        ),
+        ((die, 2, 7), "with its number, their count and 1 more argument, which does not fit die(rank, ranks): too"),
+        ((exchange, 2, LOCK), "cannot be sent to other processes: cannot pickle '_thread.lock' object"),
+    ],
+)
+def test_what_cannot_be_called_is_refused_before_anything_starts(asked, words, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        on_ranks(*asked)
+
+
+def test_a_deadline_is_a_number():
+    with pytest.raises(ValueError, match="deadline is 0, but must be a number above 0"):
+        on_ranks(die, 1, deadline=0)
+
+
+HELPER = "def twice(x):\n    return 2 * x if x < 5 else wrong\n"
+CELLS = """import torch.distributed as dist
+from helper import twice
+from pipetutor.processes.ranks import on_ranks
+factor = 10
+
+class Answer:
+    def __init__(self, value): self.value = value
+
+def step(rank, ranks, x):
+    return Answer(factor * twice(x) + rank)
+"""
+
+
+@pytest.fixture
+def cell(folder):
+    """Runs a cell in a real kernel, and returns all that it shows."""
+    (folder / "helper.py").write_text(HELPER)
+    (folder / "random.py").write_text("raise ImportError('the learner calls a file so')")
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+
+    def show(source):
+        found = []
+        client.execute_interactive(textwrap.dedent(source), timeout=HANGS, output_hook=found.append)
+        texts = [m["content"].get("text", "") + "\n".join(m["content"].get("traceback", [])) for m in found]
+        return re.sub(r"\x1b\[[\d;]*m", "", "".join(texts))
+
+    yield show
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    wait_until(lambda: not processes_of(folder))
+
+
+def test_from_a_cell(cell):
+    assert cell(CELLS) == ""
+    shown = cell(
+        "answers = on_ranks(step, 2, 3)\nprint([one.value for one in answers], isinstance(answers[0], Answer))"
+    )
+    assert shown.endswith("[60, 61] True\n")
+    shown = cell("on_ranks(step, 2, 5)")
+    assert (
+        "----> 1 on_ranks(step, 2, 5)" in shown
+        and "RunFailed: rank" in shown
+        and ".py" not in shown.partition("RunF")[0]
+    )
+    assert "raised NameError: name 'wrong' is not defined" in shown
+    assert "at: return 2 * x if x < 5 else wrong   (line 2 of helper.py, in twice)" in shown
+    assert "called at: return Answer(factor * twice(x) + rank)   (line 10 of the cell, in step)" in shown
+    assert cell("print(dist.is_initialized())") == "False\n", "the kernel itself joins nothing"
+
+
+STUCK = """
+import sys
+from pipetutor.processes.ranks import on_ranks
+
+def step(rank, ranks):
+    import time
+    open(f"begun{rank}", "w").close()
+    time.sleep(600)
+
+try:
+    on_ranks(step, 2)
+except KeyboardInterrupt as interrupt:
+    print(interrupt)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("end, code", [(signal.SIGINT, 7), (signal.SIGKILL, -9)])
+def test_nothing_outlives_an_interrupt_or_the_kernel(end, code, folder):
+    (folder / "stuck.py").write_text(STUCK)
+    kernel = subprocess.Popen([sys.executable, "stuck.py"], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    wait_until(lambda: (folder / "begun0").exists() and (folder / "begun1").exists())
+    assert len(processes_of(folder)) >= 4, "kernel, supervisor, job and ranks"
+    os.kill(kernel.pid, end)
+    said, _ = kernel.communicate(timeout=HANGS)
+    assert kernel.returncode == code
+    assert said == ("step is interrupted, and all its processes have ended\n" if code == 7 else "")
+    wait_until(lambda: not processes_of(folder))
