@@ -170,6 +170,12 @@ export function problem(game, rows) {
   return `a circle of waits, in which nobody can go on: ${words.join("; ")}`;
 }
 
+/** A pass on the rows that needs another one, if there is any. */
+export function dependant(game, rows, pass) {
+  const needed = (one) => needs(game, one).flatMap((need) => candidates(need, one.batch));
+  return rows.flat().find((one) => needed(one).some((other) => idOf(other) === idOf(pass)));
+}
+
 /** Whether a pass begins (1) or ends (-1) a micro-batch's time in flight on its rank. */
 const heldBy = ({ kind }) => (kind === "F" ? 1 : kind === "I" ? 0 : -1);
 
@@ -285,9 +291,9 @@ export function verdict(game, rows, times = play(game, rows)) {
   const left = missing(game, rows);
   if (left) return `${left} pass${left === 1 ? "" : "es"} to place.`;
   const took = slots(times.slots);
-  if (game.par === null) return `Complete: ${took}.`;
+  if (game.par === null) return `Complete in ${took}.`;
   const more = times.slots - game.par;
-  if (more > CLOSE) return `Complete: ${took}. Par is ${number(game.par)}: ${slots(more)} less.`;
+  if (more > CLOSE) return `Complete in ${took}; par is ${number(game.par)}.`;
   return more < -CLOSE ? `${took}: better than par, ${number(game.par)}.` : `${took}: par met.`;
 }
 
@@ -313,7 +319,7 @@ const PER_SECOND = 2; // slots that the cursor passes
 const CSS = `
 .pt-board { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --field: #f3f5f8; --here: #e3edfa;
   --accent: #0550ae; --bad: #a40e26; --good: #116329; color-scheme: light; box-sizing: border-box; max-width: 66rem;
-  margin: 0.5rem 0; padding: 0.75rem 1rem; background: var(--page); color: var(--ink); border: 1px solid var(--line);
+  margin: 0.5rem 0; padding: 0.75rem clamp(0.55rem, 2vw, 1rem); background: var(--page); color: var(--ink); border: 1px solid var(--line);
   border-radius: 8px; font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
 @media screen and (prefers-color-scheme: dark) { .pt-board { --ink: #e6e9ed; --soft: #a5afba; --line: #3a424c;
   --page: #12161c; --field: #1a2028; --here: #1d2b3f; --accent: #80bbff; --bad: #ff9a93; --good: #6fdd8b; color-scheme: dark; } }
@@ -349,7 +355,7 @@ const CSS = `
 .pt-board button { font: inherit; color: var(--ink); background: var(--field); border: 1px solid var(--line);
   border-radius: 6px; padding: 0.25rem 0.6rem; min-height: 2rem; cursor: pointer; }
 .pt-board button:hover { border-color: var(--accent); }
-.pt-board button[aria-disabled="true"]:not(.pt-chip) { color: var(--soft); opacity: 0.6; cursor: default; }
+.pt-board button[aria-disabled="true"] { color: var(--soft); opacity: 0.6; cursor: default; }
 .pt-board :is(button, textarea, input, summary):focus-visible { outline: 2.5px solid var(--accent); outline-offset: 1px; }
 .pt-board .pt-palette { margin: 0.5rem 0; font-size: 13px; }
 .pt-board .pt-palette > span { font-weight: 650; }
@@ -426,7 +432,7 @@ class View {
     this.rows = Array.from({ length: game.ranks }, () => []);
     this.past = [];
     this.future = [];
-    this.at = { rank: 0, cell: 0 };
+    this.at = { rank: 0, type: "end", index: 0 }; // where the reader is: a cell of a rank's row
     this.typed = "";
     this.time = null; // of the cursor; null while there is none
     this.events = new AbortController();
@@ -446,10 +452,11 @@ class View {
     const button = (words, act, label) => element("button", { type: "button", onclick: act, "aria-label": label }, words);
     this.facts = element("div", { class: "pt-facts" });
     this.grid = shape("svg", { role: "grid", "aria-label": this.fixed ? "What each rank did when" : "What each rank runs when",
-      "aria-readonly": this.fixed, onkeydown: (event) => this.key(event), onpointerdown: (event) => this.press(event),
-      onpointerover: (event) => this.hover(event), onfocusin: (event) => this.focused(event) });
+      "aria-readonly": this.fixed });
     this.memory = shape("svg", { role: "img" });
-    this.scroll = element("div", { class: "pt-scroll" }, this.grid, this.memory);
+    const inform = (event) => this.inform(event);
+    this.scroll = element("div", { class: "pt-scroll", onkeydown: (event) => this.key(event), onpointerover: inform,
+      onfocusin: inform, onpointerdown: (event) => this.press(event) }, this.grid, this.memory);
     this.palette = element("div", { class: "pt-palette", role: "toolbar", onkeydown: (event) => this.paletteKey(event) });
     this.say = element("p", { class: "pt-say", role: "status" });
     this.info = element("p", { class: "pt-info" });
@@ -504,7 +511,6 @@ class View {
       }
     }
     this.first = this.rows;
-    this.at = { rank: 0, cell: Infinity };
     this.draw();
     this.info.textContent = "Point at a gap, or go there with the arrow keys: here you read what the rank waits for.";
     if (this.fixed || this.say.textContent) return;
@@ -520,17 +526,17 @@ class View {
     return write(this.game, this.rows);
   }
 
-  /** Take other rows, if they can be played; say what was done, or why it is not. */
-  take(rows, done, refused = (wrong) => wrong) {
+  /** Take other rows, if they can be played, and go to a cell; say what was done, or why it is not. */
+  take(rows, done, { at = this.at, refused = (wrong) => wrong } = {}) {
     const wrong = problem(this.game, rows);
     if (wrong) {
       this.tell(this.sentence(new Refusal(refused(wrong))), "pt-refused");
-      return false;
+      return;
     }
     this.past.push(this.rows);
     this.future = [];
+    this.at = at;
     this.show(rows, done);
-    return true;
   }
 
   show(rows, done) {
@@ -554,14 +560,19 @@ class View {
     const before = this.rows[rank][index];
     const name = nameOf(this.game, pass);
     const ahead = before ? `, ahead of ${nameOf(this.game, before)}` : "";
-    return this.take(inserted(this.rows, rank, index, pass), `${name} placed on rank ${rank}${ahead}.`);
+    const at = { ...this.at, index: index + 1 };
+    this.take(inserted(this.rows, rank, index, pass), `${name} placed on rank ${rank}${ahead}.`, { at });
   }
 
   remove(rank, index) {
     const pass = this.rows[rank][index];
     if (!pass) return;
     const name = nameOf(this.game, pass);
-    this.take(removed(this.rows, rank, index), `${name} taken from rank ${rank}.`, (wrong) => `${name} stays: without it, ${wrong}`);
+    const at = { ...this.at, index: this.index() - (index < this.index()) };
+    const other = dependant(this.game, this.rows, pass);
+    const held = other && `${nameOf(this.game, other)} on rank ${this.game.placement[other.stage]} needs it: take that away first`;
+    const refused = (wrong) => `${name} stays on rank ${rank}: ${held ?? wrong}`;
+    this.take(removed(this.rows, rank, index), `${name} taken from rank ${rank}.`, { at, refused });
   }
 
   shift(rank, from, to) {
@@ -570,10 +581,9 @@ class View {
     const name = nameOf(this.game, pass);
     const before = to < from ? this.rows[rank][to] : this.rows[rank][to + 1];
     const place = before ? `ahead of ${nameOf(this.game, before)}` : "to the end";
-    const rows = moved(this.rows, rank, from, to);
-    if (this.take(rows, `${name} moved ${place} on rank ${rank}.`, (wrong) => `${name} stays where it is: ${wrong}`)) {
-      this.go(rank, this.cells[rank].findIndex((cell) => cell.type === "pass" && cell.index === to));
-    }
+    const at = { rank, type: "pass", index: to };
+    const refused = (wrong) => `${name} stays where it is: ${wrong}`;
+    this.take(moved(this.rows, rank, from, to), `${name} moved ${place} on rank ${rank}.`, { at, refused });
   }
 
   place(text) {
@@ -634,7 +644,8 @@ class View {
   }
 
   key(event) {
-    const { rank, cell } = this.at;
+    const { rank } = this.at;
+    const cell = this.spot();
     const here = this.cells[rank][cell];
     if (event.ctrlKey || event.metaKey) return;
     const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
@@ -671,9 +682,9 @@ class View {
     }
     this.typed = typed;
     if (!/^\d*[FBIW]?\d*$/.test(typed)) return this.type("");
-    const number = /[FBIW](\d+)$/.exec(typed);
-    if (number && Number(number[1]) * 10 >= this.game.micro_batches) return this.enter();
-    return this.tell(typed && `${typed}…${number ? " Enter places it." : ""}`);
+    const digits = /[FBIW](\d+)$/.exec(typed)?.[1];
+    if (digits === "0" || Number(digits) * 10 >= this.game.micro_batches) return this.enter();
+    return this.tell(typed && `${typed}…${digits ? " Enter places it." : ""}`);
   }
 
   enter() {
@@ -701,8 +712,17 @@ class View {
 
   /** Where in its rank's order a pass would be placed now: ahead of the cell where the reader is. */
   index() {
-    const here = this.cells[this.at.rank][this.at.cell];
-    return here.type === "end" ? this.rows[this.at.rank].length : here.index;
+    const { index } = this.cells[this.at.rank][this.spot()];
+    return index;
+  }
+
+  /** The number of the cell where the reader is; that of the rank's last one, if the cell is there no more. */
+  spot() {
+    const { rank, type, index } = this.at;
+    const row = this.cells[rank];
+    const kinds = type === "end" ? [] : [type, "pass"];
+    const found = kinds.map((kind) => row.findIndex((cell) => cell.type === kind && cell.index === index));
+    return found.find((number) => number >= 0) ?? row.length - 1;
   }
 
   /** Move to a cell of a rank, given its number or a time that it covers. */
@@ -710,7 +730,8 @@ class View {
     if (!this.cells[rank]) return;
     const row = this.cells[rank];
     const number = cell ?? row.findIndex((each) => each.end > time + CLOSE);
-    this.at = { rank, cell: Math.min(Math.max(number < 0 ? row.length - 1 : number, 0), row.length - 1) };
+    const { type, index } = row[Math.min(Math.max(number < 0 ? row.length - 1 : number, 0), row.length - 1)];
+    this.at = { rank, type, index };
     this.draw(true);
   }
 
@@ -721,12 +742,8 @@ class View {
     return { rank, cell, found };
   }
 
-  hover(event) {
-    const at = this.cellOf(event);
-    if (at) this.info.textContent = this.cells[at.rank][at.cell].said;
-  }
-
-  focused(event) {
+  /** Say below the grid what the pointer or the focus is on. */
+  inform(event) {
     const at = this.cellOf(event);
     if (at) this.info.textContent = this.cells[at.rank][at.cell].said;
   }
@@ -870,7 +887,7 @@ class View {
         : free < times.slots - CLOSE
           ? `Rank ${rank} has run all its passes, and waits ${slots(times.slots - free)} for rank ${last}, which ends last.`
           : `Rank ${rank} ends here, and no rank later`;
-      found.push({ type: "end", begin: free, end: Math.max(free, times.slots), gap: whole, said });
+      found.push({ type: "end", index: row.length, begin: free, end: Math.max(free, times.slots), gap: whole, said });
       return found;
     });
     return { cells, times, whole, end: times.slots };
@@ -897,7 +914,10 @@ class View {
     for (const { rank, begin, end, words } of game.gaps) {
       if (end - begin > least) cells[rank].push({ type: "gap", begin, end, said: words });
     }
-    for (const row of cells) row.sort((one, other) => one.begin - other.begin || one.end - other.end);
+    for (const row of cells) {
+      row.sort((one, other) => one.begin - other.begin || one.end - other.end);
+      row.forEach((cell, index) => Object.assign(cell, { index }));
+    }
     return { cells, whole: true, end: game.seconds };
   }
 
@@ -908,15 +928,13 @@ class View {
     const { cells, times, whole, end } = this.scene();
     this.cells = cells;
     this.end = end;
-    const { rank, cell } = this.at;
-    this.at.cell = Math.min(Math.max(cell, 0), Math.max(cells[rank].length - 1, 0));
     const width = Math.max(this.scroll.clientWidth || 640, this.fixed ? 640 : 300);
     const shown = this.fixed ? end : Math.max(end + 1, (game.par ?? 0) + 1, 6);
     const labels = cells.flat().filter((each) => each.type === "pass");
     const longest = Math.max(2, ...labels.map((each) => each.label.length));
     const shortest = this.fixed ? Infinity : Math.min(1, ...labels.map((each) => each.end - each.begin).filter((wide) => wide > CLOSE));
     const room = (width - LABEL - 4) / shown;
-    this.scale = this.fixed ? room : Math.min(Math.max(room, (6 + longest * 8.3) / shortest), 52 / shortest);
+    this.scale = this.fixed ? room : Math.min(Math.max(room, (4 + longest * 8.3) / shortest), 52 / shortest);
     const wide = LABEL + shown * this.scale + 4;
     const x = (time) => LABEL + time * this.scale;
     const high = HEAD + game.ranks * ROW + 2;
@@ -924,7 +942,7 @@ class View {
     this.grid.replaceChildren(this.textures(), this.axis(x, shown, high), ...cells.map((row, at) => this.drawRow(at, row, x, wide)));
     if (game.par !== null && game.par !== undefined) {
       this.grid.append(shape("line", { class: "pt-par", x1: x(game.par), x2: x(game.par), y1: 4, y2: high }),
-        shape("text", { class: "pt-soft", x: x(game.par) + 4, y: 14 }, "par"));
+        shape("text", { class: "pt-soft", x: x(game.par) + 4, y: 14, "aria-hidden": "true" }, "par"));
     }
     this.drawMemory(x, wide, end);
     this.slider.max = end;
@@ -940,7 +958,7 @@ class View {
       this.drawLegend(new Set(labels.map((each) => each.look)));
     }
     this.drawCursor();
-    if (had) this.cells[this.at.rank][this.at.cell]?.drawn.focus({ preventScroll: true });
+    if (had) this.cells[this.at.rank][this.spot()]?.drawn.focus({ preventScroll: true });
   }
 
   size(svg, width, height) {
@@ -979,7 +997,7 @@ class View {
     row.append(shape("rect", { class: "pt-ground", x: LABEL, y: top + 3, width: wide - LABEL - 2, height: ROW - 6, rx: 4 }),
       shape("g", { role: "rowheader" }, shape("text", { x: 0, y: top + ROW / 2 + 5 }, `rank ${rank}`)));
     cells.forEach((cell, place) => {
-      const here = rank === this.at.rank && place === this.at.cell;
+      const here = rank === this.at.rank && place === this.spot();
       const drawn = shape("g", { class: "pt-cell", role: "gridcell", tabindex: here ? 0 : -1, "data-cell": `${rank},${place}`,
         "aria-label": cell.said });
       const left = x(cell.begin);
@@ -1047,7 +1065,7 @@ class View {
 
   drawFacts(times, whole) {
     const { game } = this;
-    const fact = (name, value) => element("span", {}, `${name} `, element("b", {}, value));
+    const fact = (name, value) => element("span", {}, `${name}: `, element("b", {}, value));
     const facts = [];
     if (this.fixed) facts.push(fact("step", slots(game.seconds, game.unit)), fact("bubble", `${number(game.bubble * 100)} %`));
     else {
@@ -1090,7 +1108,7 @@ class View {
         const name = nameOf(game, pass);
         const { paint, ink } = shaded(game.looks[LOOK[kind]][0], depthOf(stages, stage));
         line.append(element("button", { type: "button", class: `pt-chip ${done ? "pt-done" : later ? "pt-later" : ""}`, tabindex: -1,
-          "data-pass": idOf(pass), "aria-disabled": done || later, "aria-label": `${name}${done ? ", placed" : later ? ", not yet" : ""}`,
+          "data-pass": idOf(pass), "aria-label": `${name}${done ? ", placed" : later ? ", not yet" : ""}`,
           style: done || later ? null : `background: ${paint}; color: ${ink}`, onclick: () => this.insert(pass) }, name));
       }
       return line;

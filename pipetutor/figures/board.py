@@ -24,9 +24,10 @@ from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.text import parse
 from pipetutor.schedule.timeline import KINDS, Timeline
 
-__all__ = ["MODULE", "Board", "board"]
+__all__ = ["MOUNT", "Board", "board"]
 
 MODULE = Path(__file__).with_suffix(".js").read_text()
+MOUNT = f"{MODULE}\nmountAll();\n"  # in a page: make the boards
 LETTER = dict(zip(PASSES, "FBIW", strict=True))
 MOST = 2000  # passes of a board, spans of a timeline: more of them nobody can read, nor a browser draw at once
 
@@ -243,8 +244,8 @@ def _timeline(timeline: Timeline, unit: str) -> dict[str, Any]:
     }
 
 
-# What a page without scripts shows: in pixels, the room for names, a rank's row, and a box in it.
-LABEL, ROW, BAR = 56, 36, 28
+# What a page without scripts shows: in pixels, the room for names and for time, a rank's row, and a box in it.
+LABEL, WIDE, ROW, BAR = 56, 840, 36, 28
 
 
 def _page(game: dict[str, Any], text: str) -> str:
@@ -261,7 +262,7 @@ def _page(game: dict[str, Any], text: str) -> str:
     return (
         f'<div data-pipetutor-board="">{words}{_svg(game["ranks"], boxes, room, alternative)}'
         f'<script type="application/json">{state}</script></div>'
-        f'<script type="module" data-pipetutor-module="">{MODULE}\nmountAll();\n</script>'
+        f'<script type="module" data-pipetutor-module="">{MOUNT}</script>'
     )
 
 
@@ -303,14 +304,14 @@ def _boxes_of(spans: Sequence[dict[str, Any]]) -> list[Box]:
 
 def _svg(ranks: int, boxes: Sequence[Box], room: float, words: str) -> str:
     """Draw boxes in a row for each rank; letters take the colour of the page, so that it may be light or dark."""
-    scale = 640 / room
+    scale = WIDE / room
     high = ranks * ROW + 4
     parts = []
     for rank in range(ranks):
         top = 2 + rank * ROW
         parts.append(
             f'<text x="0" y="{top + 22}" fill="currentColor">rank {rank}</text>'
-            f'<rect x="{LABEL}" y="{top + 2}" width="640" height="{ROW - 4}" fill="currentColor" opacity="0.08"/>'
+            f'<rect x="{LABEL}" y="{top + 2}" width="{WIDE}" height="{ROW - 4}" fill="currentColor" opacity="0.08"/>'
         )
     for rank, begin, end, look, label in boxes:
         left, width, top = LABEL + begin * scale, (end - begin) * scale, 2 + rank * ROW + (ROW - BAR) // 2
@@ -324,6 +325,6 @@ def _svg(ranks: int, boxes: Sequence[Box], room: float, words: str) -> str:
                 f'<text x="{left + width / 2:.1f}" y="{top + 19}" text-anchor="middle" fill="#111">{label}</text>'
             )
     return (
-        f'<svg role="img" aria-label="{words}" viewBox="0 0 {LABEL + 644} {high}" style="max-width: 100%" '
-        f'width="{LABEL + 644}" font-family="sans-serif" font-size="13">{"".join(parts)}</svg>'
+        f'<svg role="img" aria-label="{words}" viewBox="0 0 {LABEL + WIDE} {high}" style="max-width: 100%" '
+        f'width="{LABEL + WIDE}" font-family="sans-serif" font-size="13">{"".join(parts)}</svg>'
     )
