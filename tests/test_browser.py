@@ -1,4 +1,4 @@
-"""The course as a learner has it: JupyterLab in Chromium, with a mouse and a keyboard. ``make browser`` runs these.
+"""The course as a learner has it: JupyterLab and pages in Chromium, with a mouse and a keyboard. ``make browser``.
 
 What was on the screen at each point is kept in build/screenshots.
 """
@@ -12,16 +12,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import nbformat
 import psutil
 import pytest
 from conftest import processes_of, wait_until
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 import build_html
+from pipetutor.figures.board import board
 from pipetutor.processes.environment import free_port
+from pipetutor.schedule.orders import build
+from pipetutor.schedule.simulate import Costs, simulate
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(3600)]
 
@@ -118,8 +124,8 @@ def _about(place: Path) -> dict | None:
 
 
 @contextmanager
-def browser(place: Path) -> Iterator[Page]:
-    """Give the page of a Chromium that nobody has used before."""
+def browser(place: Path, **settings: object) -> Iterator[Page]:
+    """Give the page of a Chromium that nobody has used before; settings are Playwright's, of a context."""
     found = shutil.which("chromium")
     assert found, "Chromium is missing: apt-get install chromium"
     with sync_playwright() as playwright:
@@ -127,8 +133,8 @@ def browser(place: Path) -> Iterator[Page]:
             place / "chromium",
             executable_path=found,
             args=FLAGS,
-            viewport={"width": 1280, "height": 900},
             env={**os.environ, "HOME": str(place)},
+            **{"viewport": {"width": 1280, "height": 900}, **settings},
         )
         page = context.pages[0]
         page.set_default_timeout(SOON * 1000)
@@ -413,3 +419,274 @@ def test_make_lab_opens_the_map_and_its_first_link_a_notebook(place, monkeypatch
         answered = [name for name, text in sources.items() if "BEGIN SOLUTION" in text]
         assert answered and not any("BEGIN SOLUTION" in (copy / "workbook" / name).read_text() for name in answered)
         assert not page.locator(".Toastify__toast").all_text_contents(), "nobody is asked about Jupyter news"
+
+
+# --- the board ------------------------------------------------------------------------------------------------------
+
+THREE = SimpleNamespace(  # as schedule.puzzles has them
+    name="Twelve slots",
+    task="Let three ranks finish four micro-batches in 12 slots. Every pass takes one slot.",
+    micro_batches=4,
+    placement=(0, 1, 2),
+    costs=Costs((1.0,) * 3, (0.5,) * 3, (0.5,) * 3),
+    par=12,
+    cap=None,
+    split=False,
+)
+GPIPE = "F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3\n.  F0 F1 F2 F3 .  .  B0 B1 B2 B3\n.  .  F0 F1 F2 F3 B0 B1 B2 B3"
+
+
+def pages_with(place: Path, *boards: object) -> list[Path]:
+    """Build the web pages of two lessons that both hold these boards, as ``make html`` does."""
+    for name in ("00_one", "01_two"):
+        outputs = [new_output("display_data", each._repr_mimebundle_()[0]) for each in boards]
+        cells = [new_markdown_cell(f"# {name}\n\nA promise.")]
+        cells += [new_code_cell("board(...)", outputs=[output]) for output in outputs]
+        nbformat.write(new_notebook(cells=cells), place / "notebooks" / f"{name}.ipynb")
+    assert build_html.build(place / "notebooks", place / "notebooks", place / "html") == []
+    return [place / "html" / f"{name}.html" for name in ("00_one", "01_two")]
+
+
+def offline(page: Page) -> list[str]:
+    """Refuse every request but for files, and keep a list of what was asked for."""
+    asked: list[str] = []
+    page.context.on("request", lambda request: asked.append(request.url))
+    page.context.route(re.compile("^(?!file:)"), lambda route: route.abort())
+    page.context.on("weberror", lambda problem: asked.append(f"an error: {problem.error}"))
+    return asked
+
+
+def placed(board: Locator) -> str:
+    """What a board's text says is placed, without the dots after a rank's last pass."""
+    rows = board.locator("textarea").input_value().splitlines()
+    return "\n".join(row.rstrip(" .") for row in rows)
+
+
+def test_a_schedule_is_placed_by_mouse_and_a_link_carries_it_to_another_page(place):
+    first, second = pages_with(place, board(THREE), board(ranks=2, micro_batches=2))
+    with browser(place, permissions=["clipboard-read", "clipboard-write"]) as page:
+        asked = offline(page)
+        page.goto(first.as_uri())
+        here = page.get_by_role("region", name="Board: Twelve slots")
+        said = here.get_by_role("status")
+        screenshot(page, "board-1-empty")
+
+        def put(rank: int, *names: str) -> None:
+            row = here.locator(f'[data-rank="{rank}"] .pt-ground')
+            row.click(position={"x": row.bounding_box()["width"] - 5, "y": 10})
+            for name in names:
+                here.get_by_role("button", name=re.compile(f"^{name}\\b")).click()
+
+        put(0, "F0", "B0")
+        expect(said).to_have_text("B0 on rank 0 needs the gradient of B0 from rank 1, which is not placed yet.")
+        put(0, "F0")
+        expect(said).to_have_text("F0 is there already, on rank 0.")
+        screenshot(page, "board-2-refused")
+        put(0, "F1", "F2", "F3")
+        for rank in (1, 2):
+            put(rank, *(f"F{number}" for number in range(4)))
+        for rank in (2, 1, 0):
+            put(rank, *(f"B{number}" for number in range(4)))
+        expect(said).to_have_text("B3 placed on rank 0. 12 slots: par met.")
+        assert placed(here) == GPIPE
+        expect(here.locator(".pt-facts")).to_contain_text("bubble: 33.33 %")
+        here.get_by_role("row", name="rank 0").get_by_role("gridcell", name="waits").hover()
+        cause = "Rank 0 waits 4 slots for the gradient of B0 from rank 1. Until then rank 2 runs F2, F3 and B0, then "
+        expect(here.locator(".pt-info")).to_have_text(f"{cause}rank 1 runs B0.")
+        screenshot(page, "board-3-par")
+
+        def drag(rank: int, name: str, to: str) -> None:
+            row = here.get_by_role("row", name=f"rank {rank}")
+            start, end = (row.get_by_role("gridcell", name=re.compile(f"^{n},")).bounding_box() for n in (name, to))
+            page.mouse.move(start["x"] + 20, start["y"] + 15)
+            page.mouse.down()
+            page.mouse.move(end["x"] + 20, end["y"] + 15, steps=4)
+            page.mouse.move(end["x"] + 5, end["y"] + 15)
+            page.mouse.up()
+
+        drag(2, "B0", "F1")
+        expect(said).to_have_text("B0 moved ahead of F1 on rank 2. 12 slots: par met.")
+        drag(2, "B3", "F0")
+        wrong = "B3 on rank 2 needs its forward pass F3, which would come after it."
+        expect(said).to_have_text(f"B3 stays where it is: {wrong}")
+        here.get_by_role("button", name="Play").click()
+        expect(here.locator(".pt-info")).to_contain_text("Slot 2: rank 0 F1, rank 1 F0, rank 2 waits")
+        here.get_by_role("button", name="Pause").click()
+        here.get_by_role("button", name="Undo").click()
+        assert placed(here) == GPIPE
+        here.get_by_role("button", name="Copy link").click()
+        expect(said).to_have_text("A link to this board as it is now is copied.")
+        link = page.evaluate("navigator.clipboard.readText()")
+        assert link == f"{first.as_uri()}#board=twelve-slots:" + "/".join(
+            ",".join(row.replace(".", "").split()) for row in GPIPE.splitlines()
+        )
+        other = page.context.new_page()
+        other.goto(second.as_uri() + "#" + link.split("#")[1])
+        there = other.get_by_role("region", name="Board: Twelve slots")
+        expect(there.get_by_role("status")).to_have_text("The text is placed. 12 slots: par met.")
+        assert placed(there) == GPIPE and placed(other.locator(".pt-board").nth(1)) == "\n"
+        expect(there.locator("svg[role=grid]")).to_be_in_viewport()
+        assert all(url.startswith("file:") for url in asked), asked
+
+
+def test_a_schedule_is_placed_without_a_mouse(place):
+    page_of, _ = pages_with(place, board(THREE))
+    with browser(place) as page:
+        page.goto(page_of.as_uri())
+        here = page.get_by_role("region", name="Board: Twelve slots")
+        said = here.get_by_role("status")
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.getAttribute('role')") == "gridcell":
+                break
+        expect(here.get_by_role("gridcell", name="Here goes the next pass of rank 0")).to_be_focused()
+        page.keyboard.type("F0B0")
+        expect(said).to_have_text("B0 on rank 0 needs the gradient of B0 from rank 1, which is not placed yet.")
+        page.keyboard.type("f1f2f3")
+        for _ in range(2):
+            page.keyboard.press("ArrowDown")
+            page.keyboard.press("End")
+            page.keyboard.type("F0F1F2F3")
+        page.keyboard.type("B0B1B2B3")
+        for _ in range(2):
+            page.keyboard.press("ArrowUp")
+            page.keyboard.press("End")
+            page.keyboard.type("B0B1B2B3")
+        expect(said).to_have_text("B3 placed on rank 0. 12 slots: par met.")
+        assert placed(here) == GPIPE
+        for _ in range(2):
+            page.keyboard.press("ArrowLeft")
+        expect(here.get_by_role("gridcell", name="B2, slot 11")).to_be_focused()
+        page.keyboard.press("Alt+ArrowRight")
+        expect(said).to_have_text("B2 moved to the end on rank 0. Complete in 13 slots; par is 12.")
+        screenshot(page, "board-4-keys")
+        page.keyboard.press("Delete")
+        expect(said).to_have_text("B2 taken from rank 0.")
+        page.keyboard.press("Control+z")
+        page.keyboard.press("Control+z")
+        expect(said).to_have_text("Undone. 12 slots: par met.")
+        page.keyboard.press("Control+y")
+        assert placed(here) != GPIPE
+        page.keyboard.press("Tab")
+        expect(here.get_by_role("toolbar", name="Passes of rank 0").locator(":focus")).to_have_count(1)
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        expect(here.get_by_role("button", name="B1, placed")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(said).to_have_text("B1 is there already, on rank 0.")
+        page.keyboard.press("Tab")
+        expect(here.get_by_role("button", name="Undo")).to_be_focused()
+        here.get_by_role("textbox").fill("F0 F1 B0 B1\nF0 B0 F1 B1\nF0 B0 B1")
+        here.get_by_role("button", name="Place this text").press("Enter")
+        wrong = "B1 on rank 2 needs its forward pass F1, which is not placed yet."
+        expect(said).to_have_text(wrong)
+        here.get_by_role("textbox").fill("F0 F1 B0 / F0 F1 B0 / F0 B0 F1")
+        here.get_by_role("button", name="Place this text").press("Enter")
+        expect(said).to_have_text("The text is placed.")
+
+
+def test_a_screen_reader_hears_a_board_in_order(place):
+    page_of, _ = pages_with(place, board(THREE, start="F0 F1 / F0 / F0 B0"))
+    with browser(place) as page:
+        page.goto(page_of.as_uri())
+        here = page.get_by_role("region", name="Board: Twelve slots")
+        heard = here.aria_snapshot()
+        wanted = [
+            'gridcell "Here goes the next pass of rank 0"',
+            'gridcell "Rank 1 waits 1 slot for the activation of F0 from rank 0. Until then rank 0 runs F0."',
+            'row "rank 2"',
+            "Micro-batches in flight, at most: rank 0 2, rank 1 1, rank 2 1",
+            'toolbar "Passes of rank 0"',
+            'group "forward, stage 0"',
+            'button "F0, placed"',
+            'button "F2"',
+            'button "B0, not yet"',
+            'status: "Choose a rank',
+            'button "Undo" [disabled]',
+            'button "▶ Play"',
+            'slider "Cursor"',
+            'textbox "The schedule as text, a row for each rank"',
+            'button "Copy link"',
+        ]
+        places = [heard.find(words) for words in wanted]
+        lost = [words for words, found in zip(wanted, places, strict=True) if found < 0]
+        assert not lost and places == sorted(places), f"{lost}, {places} in\n{heard}"
+
+
+def test_boards_are_seen_light_and_dark_large_and_small_and_without_a_script(place):
+    timeline = simulate(build("1f1b", 4, 8), Costs((1,) * 4, (1,) * 4, (1,) * 4, message_bytes=(1,) * 3, bandwidth=2))
+    v_shape = board(
+        ranks=2, micro_batches=3, placement=(0, 1, 1, 0), split=True, cap=4, start="0F0 0F1 3F0 / 1F0 2F0"
+    )
+    boards = [board(THREE, start=build("1f1b", 3, 4)), v_shape, board(timeline, unit="slots")]
+    page_of, _ = pages_with(place, *boards)
+    for colours in ("light", "dark"):
+        with browser(place, color_scheme=colours, reduced_motion="reduce") as page:
+            page.goto(page_of.as_uri())
+            for width in (1280, 400):
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                page.evaluate(DRAWN)
+                page.screenshot(path=SCREENSHOTS / f"board-{colours}-{width}.png", full_page=True)
+            page.get_by_role("button", name="Play").first.click()
+            expect(page.locator(".pt-info").first).to_contain_text("Slot 2")
+    with browser(place, java_script_enabled=False) as page:
+        page.goto(page_of.as_uri())
+        expect(page.get_by_role("img", name=re.compile("Twelve slots.*Placed: F0 F1 F2 B0"))).to_be_visible()
+        page.screenshot(path=SCREENSHOTS / "board-without-script.png", full_page=True)
+        expect(page.locator(".pt-board")).to_have_count(0)
+
+
+def test_a_board_works_in_an_ordinary_page_of_nbconvert(place):
+    """Which wants a network for other things, and has none here; its widgets' manager is not asked for."""
+    pages_with(place, board(THREE))
+    body, _ = HTMLExporter().from_filename(place / "notebooks" / "00_one.ipynb")
+    (place / "plain.html").write_text(body)
+    with browser(place) as page:
+        asked = offline(page)
+        page.goto((place / "plain.html").as_uri())
+        here = page.get_by_role("region", name="Board: Twelve slots")
+        here.get_by_role("button", name="F0").click()
+        expect(here.get_by_role("status")).to_have_text("F0 placed on rank 0.")
+        screenshot(page, "board-plain")
+        assert not [url for url in asked if "widget" in url], asked
+
+
+def test_what_is_placed_in_jupyterlab_is_there_in_python(place):
+    sources = [
+        "from pipetutor.figures.board import board\n\nyours = board(ranks=2, micro_batches=2)\nyours",
+        "from pipetutor.schedule.rules import check\n\ncheck(yours.streams)\nprint(yours.text)",
+        'yours.text = "F0 B0 F1 B1 / F0 B0 F1 B1"',
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=[new_code_cell(each) for each in sources], metadata={"kernelspec": kernel})
+    with jupyterlab(place, "board.ipynb", notebook) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        cell_of(page, 0).locator(".jp-InputArea-editor").click()
+        page.keyboard.press("Shift+Enter")
+        here = cell_of(page, 0).get_by_role("region", name="Board")
+        expect(here).to_have_count(1, timeout=STARTED * 1000)
+        here.get_by_role("gridcell", name="Here goes the next pass of rank 0").click()
+        page.keyboard.type("F0F1")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.type("F0B0F1B1")
+        page.keyboard.press("ArrowUp")
+        page.keyboard.press("End")
+        page.keyboard.type("B0B1")
+        expect(here.get_by_role("status")).to_have_text("B1 placed on rank 0. Complete in 6 slots.")
+        assert page.locator(".jp-Notebook .jp-Cell").count() == len(sources), "JupyterLab took a key of the board"
+        screenshot(page, "board-lab-1")
+        cell_of(page, 1).locator(".jp-InputArea-editor").click()
+        page.keyboard.press("Shift+Enter")
+        expect(cell_of(page, 1).locator(".jp-OutputArea-output")).to_have_text(
+            re.compile(r"^F0 F1 \. +B0 \. +B1\n\. +F0 B0 F1 B1 \.\s*$")
+        )
+        page.keyboard.press("Shift+Enter")
+        expect(here.get_by_role("textbox")).to_have_value(re.compile(r"^F0 \. +\. +B0 F1"))
+        choose(page, "Settings", "Theme", "JupyterLab Dark")
+        expect(page.locator("body")).to_have_attribute("data-jp-theme-name", "JupyterLab Dark")
+        screenshot(page, "board-lab-2-dark")
+        hosts = {urlsplit(url).hostname for url in asked if url.startswith(("http", "ws"))}
+        assert hosts <= {"localhost", "127.0.0.1"}, hosts

@@ -3,8 +3,9 @@ r"""Make web pages of the executed notebooks, in build/html: the course as it ra
     python tools/build_html.py      # make html, which runs first what has no executed copy
 
 One page a lesson, the map (notebooks/index.md) and, where there is one, the glossary. nbconvert renders them with
-the template in tools/html. A page needs no network and no script, follows the reader's choice of light or dark, and
-can be used with a screen reader: ``problems`` says what would keep it from that, and any is an error.
+the template in tools/html. A page needs no network, follows the reader's choice of light or dark, and can be used
+with a screen reader: ``problems`` says what would keep it from that, and any is an error. It needs no script either:
+the one that it may hold makes boards of figures.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 from pygments.formatters import HtmlFormatter
 
 import course
+from pipetutor.figures.board import MOUNT
 
 TEMPLATE = Path(__file__).parent / "html"
 HYPHENATED = re.compile(r"(\S*-\S+)")
@@ -142,6 +144,7 @@ def _polish(soup: BeautifulSoup) -> None:
         seen.add(tag["id"])
         if (anchor := tag.find("a", class_="anchor-link")) and tag.name in HEADINGS:
             anchor["href"], anchor["aria-label"] = f"#{tag['id']}", "Link to this section"
+    _one_module(soup)
     for pre in soup.find_all("pre"):
         pre["tabindex"] = "0"  # so that a long line can be scrolled without a mouse
     for pre in soup.select(".output_subarea pre"):
@@ -158,6 +161,16 @@ def _polish(soup: BeautifulSoup) -> None:
         contents = f'<details class="contents"><summary>On this page</summary><ul>{entries}</ul></details>'
         after = title.find_next_sibling("p") or title
         after.insert_after(BeautifulSoup(contents, "html.parser"))
+
+
+def _one_module(soup: BeautifulSoup) -> None:
+    """Leave one module for all boards of a page: that of today, at its end."""
+    modules = soup.select("script[data-pipetutor-module]")
+    for module in modules[1:]:
+        module.decompose()
+    if modules:
+        modules[0].string = MOUNT
+        soup.body.append(modules[0].extract())
 
 
 def _words(heading: Tag) -> str:
@@ -194,13 +207,23 @@ def fetched(soup: BeautifulSoup) -> Iterator[str]:
         yield from re.findall(r"@import\s+[\"']([^\"']+)", sheet)
 
 
+def scripts(soup: BeautifulSoup) -> list[Tag]:
+    """Return the scripts of a page beside those of its boards."""
+    of_boards = soup.select('[data-pipetutor-board] > script[type="application/json"]')
+    known = {id(tag) for tag in of_boards}
+    return [tag for tag in soup.find_all("script") if id(tag) not in known and tag.string != MOUNT]
+
+
 def problems(soups: dict[str, BeautifulSoup]) -> list[str]:
     """Say what is wrong with the pages: requests, scripts, missing words for pictures, headings, links."""
     found = []
     ids = {href: [tag["id"] for tag in soup.find_all(id=True)] for href, soup in soups.items()}
     for href, soup in soups.items():
         said = [f"fetches {url[:80]}" for url in fetched(soup) if not url.startswith(("data:", "#"))]
-        said += ["holds a script"] * bool(soup.find("script"))
+        said += ["holds a script"] * bool(scripts(soup))
+        said += ["holds the module of boards twice"] * (len(soup.select("script[data-pipetutor-module]")) > 1)
+        pictures = soup.select('svg[role="img"]:not([aria-label])')
+        said += [f"a picture without words for it: {str(tag)[:60]}" for tag in pictures]
         said += [
             f"a picture without words for it: {str(tag)[:60]}" for tag in soup.find_all("img") if not tag.get("alt")
         ]

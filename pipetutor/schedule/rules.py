@@ -251,11 +251,12 @@ def check(streams: Sequence[Sequence[Instruction]]) -> None:
         pass
 
 
-def picture(streams: Sequence[Sequence[Instruction]]) -> str:
+def picture(streams: Sequence[Sequence[Instruction]], placement: Sequence[int] | None = None) -> str:
     """Draw the schedule: a row for each rank, a column for each slot, were every instruction one slot long.
 
     Args:
         streams: one for each rank.
+        placement: the rank of each stage, where the streams are only a beginning and do not say all of it.
 
     Returns:
         Text such as F3 (forward, micro-batch 3) or, where rank r does not hold stage r alone, 5F3 (on stage 5). B is
@@ -269,7 +270,7 @@ def picture(streams: Sequence[Sequence[Instruction]]) -> str:
     F0 F1 .  .  B0 B1
     .  F0 F1 B0 B1 .
     """
-    form = _form(streams)
+    form = Form(tuple(placement), 0, full=False) if placement else _form(streams)
     passes = [[i for i in stream if i.micro_batch is not None] for stream in streams]
     numbered = form.holders != tuple(range(len(streams)))
     rows = []
