@@ -9,8 +9,7 @@ import playwright
 import pytest
 
 from pipetutor.figures import board as board_module
-from pipetutor.figures.board import board
-from pipetutor.schedule.orders import Instruction, build
+from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.rules import PASSES, ScheduleError, check, picture
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.text import parse
