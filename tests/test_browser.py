@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import nbformat
@@ -27,6 +26,7 @@ import build_html
 from pipetutor.figures.board import board
 from pipetutor.processes.environment import free_port
 from pipetutor.schedule.orders import build
+from pipetutor.schedule.puzzles import PUZZLES
 from pipetutor.schedule.simulate import Costs, simulate
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(3600)]
@@ -423,16 +423,7 @@ def test_make_lab_opens_the_map_and_its_first_link_a_notebook(place, monkeypatch
 
 # --- the board ------------------------------------------------------------------------------------------------------
 
-THREE = SimpleNamespace(  # as schedule.puzzles has them
-    name="Twelve slots",
-    task="Let three ranks finish four micro-batches in 12 slots. Every pass takes one slot.",
-    micro_batches=4,
-    placement=(0, 1, 2),
-    costs=Costs((1.0,) * 3, (0.5,) * 3, (0.5,) * 3),
-    par=12,
-    cap=None,
-    split=False,
-)
+THREE = PUZZLES["twelve slots"]
 GPIPE = "F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3\n.  F0 F1 F2 F3 .  .  B0 B1 B2 B3\n.  .  F0 F1 F2 F3 B0 B1 B2 B3"
 
 
@@ -667,7 +658,7 @@ def test_what_is_placed_in_jupyterlab_is_there_in_python(place):
         cell_of(page, 0).locator(".jp-InputArea-editor").click()
         page.keyboard.press("Shift+Enter")
         here = cell_of(page, 0).get_by_role("region", name="Board")
-        expect(here).to_have_count(1, timeout=STARTED * 1000)
+        expect(here).to_have_count(1, timeout=STARTED * 1000)  # not also as a page without a kernel has it
         here.get_by_role("gridcell", name="Here goes the next pass of rank 0").click()
         page.keyboard.type("F0F1")
         page.keyboard.press("ArrowDown")
@@ -687,6 +678,7 @@ def test_what_is_placed_in_jupyterlab_is_there_in_python(place):
         expect(here.get_by_role("textbox")).to_have_value(re.compile(r"^F0 \. +\. +B0 F1"))
         choose(page, "Settings", "Theme", "JupyterLab Dark")
         expect(page.locator("body")).to_have_attribute("data-jp-theme-name", "JupyterLab Dark")
+        expect(page.locator("#jupyterlab-splash")).to_have_count(0)
         screenshot(page, "board-lab-2-dark")
         hosts = {urlsplit(url).hostname for url in asked if url.startswith(("http", "ws"))}
         assert hosts <= {"localhost", "127.0.0.1"}, hosts

@@ -346,6 +346,7 @@ const CSS = `
 .pt-board .pt-gap { fill: var(--soft); opacity: 0.3; }
 .pt-board .pt-gap:hover, .pt-board .pt-cell:focus .pt-gap { opacity: 0.65; }
 .pt-board .pt-hit { fill: transparent; }
+.pt-board .pt-pass { touch-action: pan-y; } /* a finger drags it */
 .pt-board .pt-next { fill: none; stroke: var(--soft); stroke-dasharray: 3 3; }
 .pt-board .pt-caret, .pt-board .pt-cursor { stroke: var(--accent); stroke-width: 2.5; pointer-events: none; }
 .pt-board .pt-par { stroke: var(--good); stroke-width: 2; stroke-dasharray: 5 4; }
@@ -491,11 +492,13 @@ class View {
     element("style", {}, CSS), ...title, this.facts, this.scroll, ...parts);
     root.replaceChildren(this.body);
     this.body.addEventListener("keydown", (event) => this.anyKey(event));
-    new ResizeObserver(() => this.draw()).observe(this.scroll);
+    this.sizes = new ResizeObserver(() => this.draw());
+    this.sizes.observe(this.scroll);
   }
 
   close() {
     this.events.abort();
+    this.sizes.disconnect();
     cancelAnimationFrame(this.frame);
     this.root.replaceChildren();
   }
@@ -732,6 +735,7 @@ class View {
     const number = cell ?? row.findIndex((each) => each.end > time + CLOSE);
     const { type, index } = row[Math.min(Math.max(number < 0 ? row.length - 1 : number, 0), row.length - 1)];
     this.at = { rank, type, index };
+    this.typed = "";
     this.draw(true);
   }
 
@@ -998,7 +1002,7 @@ class View {
       shape("g", { role: "rowheader" }, shape("text", { x: 0, y: top + ROW / 2 + 5 }, `rank ${rank}`)));
     cells.forEach((cell, place) => {
       const here = rank === this.at.rank && place === this.spot();
-      const drawn = shape("g", { class: "pt-cell", role: "gridcell", tabindex: here ? 0 : -1, "data-cell": `${rank},${place}`,
+      const drawn = shape("g", { class: `pt-cell ${cell.type === "pass" && !this.fixed ? "pt-pass" : ""}`, role: "gridcell", tabindex: here ? 0 : -1, "data-cell": `${rank},${place}`,
         "aria-label": cell.said });
       const left = x(cell.begin);
       const width = Math.max((cell.end - cell.begin) * this.scale, 1);
@@ -1142,8 +1146,9 @@ export default {
       model.save_changes();
     };
     const view = mount(el, model.get("game"), { text: model.get("text"), link: false, changed });
-    const listen = () => {
+    const listen = () => { // Python has given another text
       if (model.get("text") !== view.text) view.place(model.get("text"));
+      if (model.get("text") !== view.text) changed(view.text); // which was refused
     };
     model.on("change:text", listen);
     return () => {

@@ -8,8 +8,10 @@ with one for all.
 
 import html
 import json
+import math
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ import traitlets
 from pipetutor.figures.picture import brief
 from pipetutor.figures.plots_timeline import LOOK_OF, LOOKS
 from pipetutor.schedule.orders import Instruction
+from pipetutor.schedule.puzzles import Puzzle
 from pipetutor.schedule.rules import PASSES, ScheduleError, check, picture
 from pipetutor.schedule.simulate import Costs, simulate
-from pipetutor.schedule.text import parse
+from pipetutor.schedule.text import parse, streams_of
 from pipetutor.schedule.timeline import KINDS, Timeline
 
 __all__ = ["MOUNT", "Board", "board"]
@@ -68,7 +71,7 @@ def board(
     costs: Costs | None = None,
     cap: int | None = None,
     split: bool = False,
-    start: str | Sequence[Sequence[Instruction]] = "",
+    start: Any = None,
     unit: str = "ms",
 ) -> Board:
     r"""Return a board, as the value of a cell.
@@ -81,7 +84,7 @@ def board(
         costs: of each stage, in slots; by default one slot for a forward pass, for a backward pass and for a half.
         cap: the micro-batches in flight that a rank may hold, over all its stages; None for any number.
         split: whether backward passes may be placed in halves.
-        start: what is placed at first, as text (see ``schedule.text.parse``) or streams; it need not be complete.
+        start: what is placed at first, see ``schedule.text.streams_of``; it need not be complete.
         unit: of a timeline: ``ms``, or what a simulated second stands for, such as ``slots``.
 
     Raises:
@@ -92,66 +95,68 @@ def board(
     """
     if isinstance(shown, Timeline):
         return Board(game=_timeline(shown, unit))
-    if shown is not None:
-        wanted = ("name", "task", "micro_batches", "placement", "costs", "par", "cap", "split")
-        if not all(hasattr(shown, name) for name in wanted):
-            raise ValueError(f"board({shown!r:.60}): give a puzzle, a timeline, or ranks= and micro_batches=")
-        if (ranks, micro_batches, placement, costs, cap, split) != (None, None, None, None, None, False):
-            raise ValueError(f"the puzzle {shown.name!r} says its ranks, micro-batches and costs: give start= alone")
-        about = {"name": shown.name, "task": shown.task, "par": shown.par}
-        micro_batches, placement, costs = shown.micro_batches, shown.placement, shown.costs
-        cap, split = shown.cap, shown.split
+    given = {"ranks": ranks, "micro_batches": micro_batches, "placement": placement, "costs": costs, "cap": cap}
+    if isinstance(shown, Puzzle):
+        named = [name for name, value in {**given, "split": split or None}.items() if value is not None]
+        if named:
+            raise ValueError(f"the puzzle {shown.name!r} has its own {', '.join(named)}: leave them out")
+        game = _game(shown)
+    elif shown is not None:
+        raise ValueError(f"board({shown!r:.60}): give a puzzle, a timeline, or ranks= and micro_batches=")
     else:
-        if ranks is None or micro_batches is None:
-            raise ValueError("a board needs ranks= and micro_batches=, or a puzzle, or a timeline")
-        about = {"name": "", "task": "", "par": None}
-        placement = range(ranks) if placement is None else placement
-    game = {**about, **_game(ranks, micro_batches, placement, costs, cap, split)}
-    plain = f"{game['ranks']}x{micro_batches}"
-    if game["placement"] != [*range(game["ranks"])]:
-        plain += f"-{'-'.join(map(str, game['placement']))}"
-    game["key"] = re.sub(r"\W+", "-", game["name"].lower()).strip("-") or plain
+        for name in ("ranks", "micro_batches", "cap"):
+            value = given[name]
+            if not (isinstance(value, Integral) and value >= 1) and (value is not None or name != "cap"):
+                raise ValueError(f"{name} is {value!r}: use a whole number from 1 up")
+        game = _game(_free(int(ranks or 0), int(micro_batches or 0), placement, costs, cap, split))
     return Board(game=game, text=_placed(game, start))
 
 
-def _game(
-    ranks: int | None,
+def _free(
+    ranks: int,
     micro_batches: int,
-    placement: Sequence[int],
+    placement: Sequence[int] | None,
     costs: Costs | None,
     cap: int | None,
     split: bool,
-) -> dict[str, Any]:
-    placement = [int(rank) for rank in placement]
-    ranks = max(placement, default=-1) + 1 if ranks is None else ranks
-    if ranks < 1 or micro_batches < 1:
-        raise ValueError(f"a board of {ranks} ranks and {micro_batches} micro-batches: use at least 1 of each")
+) -> Puzzle:
+    """Return the puzzle without a par that the numbers make."""
+    placement = tuple(range(ranks) if placement is None else placement)
     if {*placement} != {*range(ranks)}:
-        raise ValueError(
-            f"placement is {placement}: give the rank of each stage, with each of 0 to {ranks - 1} in it"
-        )
-    count = len(placement) * micro_batches * (3 if split else 2)
-    if count > MOST:
-        raise ValueError(f"a board of {count} passes: use fewer ranks or micro-batches, for up to {MOST} passes")
-    if cap is not None and cap < 1:
-        raise ValueError(f"cap is {cap}: a rank has to hold at least 1 micro-batch in flight; None allows any number")
-    stages = len(placement)
+        raise ValueError(f"placement is {placement}: give the rank of each stage, and each of 0 to {ranks - 1} one")
     if costs is None:
-        half = (1.0 if split else 0.5,) * stages
-        costs = Costs((1.0,) * stages, half, half)
+        half = (1.0 if split else 0.5,) * len(placement)
+        costs = Costs((1.0,) * len(placement), half, half)
+    return Puzzle("", "", micro_batches, placement, costs, math.inf, cap, split)
+
+
+def _game(puzzle: Puzzle) -> dict[str, Any]:
+    """Return what the module is told of a puzzle."""
+    costs, stages, split = puzzle.costs, len(puzzle.placement), puzzle.split
     if len(costs.forward) != stages:
         raise ValueError(f"costs for {len(costs.forward)} stages, but placement has {stages}: give as many")
+    count = stages * puzzle.micro_batches * (3 if split else 2)
+    if count > MOST:
+        raise ValueError(f"a board of {count} passes: use fewer ranks or micro-batches, for up to {MOST} passes")
     if any(map(any, (costs.optimizer, costs.all_reduce, costs.tied_reduce))):
         raise ValueError(
             "costs of what ends a step (optimizer, all_reduce, tied_reduce), but a board plays passes alone: leave "
             "them out, or simulate the streams and give board() the timeline"
         )
+    placement = [int(rank) for rank in puzzle.placement]
+    numbers = f"{puzzle.ranks}x{puzzle.micro_batches}"
+    if placement != [*range(puzzle.ranks)]:
+        numbers += "".join(f"-{rank}" for rank in placement)
     load = costs.load or (0.0,) * stages
     return {
-        "ranks": ranks,
-        "micro_batches": micro_batches,
+        "name": puzzle.name[:1].upper() + puzzle.name[1:],
+        "task": puzzle.task,
+        "key": re.sub(r"\W+", "-", puzzle.name.lower()).strip("-") or numbers,  # in links
+        "ranks": puzzle.ranks,
+        "micro_batches": puzzle.micro_batches,
         "placement": placement,
-        "cap": cap,
+        "par": puzzle.par if math.isfinite(puzzle.par) else None,
+        "cap": puzzle.cap,
         "split": split,
         "costs": {
             "forward": [float(a + b) for a, b in zip(costs.forward, load, strict=True)],
@@ -164,13 +169,11 @@ def _game(
     }
 
 
-def _placed(game: dict[str, Any], start: str | Sequence[Sequence[Instruction]]) -> str:
+def _placed(game: dict[str, Any], start: Any) -> str:
     """Return what is placed at first as text, if it can be played."""
-    if not start:
-        return ""
-    streams = parse(start) if isinstance(start, str) else start
-    rows = [[one for one in stream if one.micro_batch is not None] for stream in streams]
     ranks, placement = game["ranks"], game["placement"]
+    streams = streams_of(start, ranks, game["micro_batches"]) if start else [[]] * ranks
+    rows = [[one for one in stream if one.micro_batch is not None] for stream in streams]
     if len(rows) != ranks:
         raise ValueError(
             f"start has {len(rows)} rows, but the board has {ranks} ranks: give one for each, '.' for none"
@@ -274,8 +277,6 @@ def _boxes(game: dict[str, Any], text: str) -> tuple[list[Box], float]:
     if "spans" in game:
         return _boxes_of(game["spans"]), game["seconds"]
     room = float(game["par"] or 2 * (game["micro_batches"] + game["ranks"] - 1))
-    if not text:
-        return [], room
     streams, costs = parse(text), dict(game["costs"])
     try:
         check(streams)

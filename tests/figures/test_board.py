@@ -1,19 +1,29 @@
 """The board: its rules and times are those of the package, on thousands of schedules; what Python makes of it."""
 
 import json
+import math
 import random
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import playwright
 import pytest
+from bs4 import BeautifulSoup
+from nbformat import write
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+import build_html
 from pipetutor.figures import board as board_module
-from pipetutor.schedule.orders import Instruction
+from pipetutor.figures.board import board
+from pipetutor.schedule.orders import Instruction, build, deepspeed_1f1b
+from pipetutor.schedule.puzzles import PUZZLES, Puzzle, grade
 from pipetutor.schedule.rules import PASSES, ScheduleError, check, picture
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.text import parse
-from pipetutor.schedule.timeline import peak_live
+from pipetutor.schedule.timeline import CODE, peak_live
 
 NODE = Path(playwright.__file__).parent / "driver" / "node"
 LETTER = dict(zip(PASSES, "FBIW", strict=True))
@@ -26,9 +36,13 @@ const answers = JSON.parse(given).map(({ game, text }) => {
     const rows = board.parse(game, text);
     const wrong = board.problem(game, rows);
     if (wrong) return { wrong };
-    const { slots, bubble, peaks } = board.play(game, rows);
+    const times = board.play(game, rows);
+    const { slots, bubble, peaks } = times;
+    const gaps = times.rows.flat().filter((one) => one.start > one.begin);
+    const causes = gaps.map((one) => board.why(game, times, one.rank, one.index));
     const again = board.parse(game, board.textOf(game, board.linkOf(game, rows)));
-    return { missing: board.missing(game, rows), slots, bubble, peaks, picture: board.write(game, rows),
+    return { missing: board.missing(game, rows), slots, bubble, peaks, causes,
+      capped: board.problem({ ...game, cap: 2 }, rows), picture: board.write(game, rows),
       same: JSON.stringify(again) === JSON.stringify(rows), verdict: board.verdict(game, rows) };
   } catch (error) {
     if (!(error instanceof board.Refusal)) throw error;
@@ -141,8 +155,8 @@ def test_the_board_judges_and_plays_as_the_package_does():
         rows = rows_of(order[: chance.randrange(len(order))] if begun else order, ranks)
         if number % 3 == 1:
             rows = broken(chance, rows, micro_batches)
-        game = board_module._game(ranks, micro_batches, placement, costs, None, True)
-        cases.append({"game": {**game, "par": None, "key": "any"}, "text": texted(rows)})
+        puzzle = Puzzle("any", "", micro_batches, tuple(placement), costs, par=math.inf, split=True)
+        cases.append({"game": board_module._game(puzzle), "text": texted(rows)})
         streams_of.append(parse(texted(rows)))
         costs_of.append(costs)
         beginnings.append(begun and sum(map(len, rows)) < len(order))
@@ -170,6 +184,9 @@ def test_the_board_judges_and_plays_as_the_package_does():
             timeline = simulate(streams, costs)
             assert said["slots"] == pytest.approx(timeline.seconds, abs=1e-9), where
             assert said["bubble"] == pytest.approx(timeline.bubble, abs=1e-9), where
+            waits = np.isin(timeline.spans["kind"], [CODE["RecvActivation"], CODE["RecvGrad"]]).sum()
+            assert len(said["causes"]) == waits and all(" waits " in cause for cause in said["causes"]), where
+            assert bool(said["capped"]) == (max(said["peaks"]) > 2), where
             assert said["peaks"] == [peak.micro_batches for peak in peak_live(timeline)], where
             drawn = picture(passes)
         assert said["same"], f"the link changes something: {where}"
@@ -177,3 +194,137 @@ def test_the_board_judges_and_plays_as_the_package_does():
             words = [line.replace("I", "B").split() for line in said["picture"].splitlines()]
             assert words == [line.split() for line in drawn.splitlines()], where
     assert all(number >= 5 for number in found.values()), found
+
+
+SOLUTIONS = {
+    "twelve slots": build("gpipe", 3, 4),
+    "three in flight": build("1f1b", 3, 4),
+    "two chunks": build("interleaved_1f1b", 2, 4, chunks=2),
+    "beat 1F1B": build("zero_bubble", 3, 5),
+    "a slow link": "F0 F1 F2 F3 B0 B1 B2 B3 / F0 F1 F2 F3 B0 B1 B2 B3 / F0 B0 F1 B1 F2 B2 F3 B3",
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_a_par_is_met_on_the_board_by_what_the_grader_takes(name):
+    puzzle = PUZZLES[name]
+    shown = board(puzzle, start=SOLUTIONS[name])
+    [said] = judged([{"game": shown.game, "text": shown.text}])
+    assert said["missing"] == 0 and said["verdict"].endswith("par met."), said
+    assert grade(puzzle, shown.text).solved and grade(puzzle, said["picture"]).solved
+    assert parse(shown.text) == shown.streams == parse(said["picture"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("F0 F1 B0 / F0", "B0 on rank 0 needs the gradient of B0 from rank 1, which is not placed yet"),
+        ("F0 F1 / F0 F2", "F2 on rank 1 needs the activation of F2 from rank 0, which is not placed yet"),
+        ("F0 F1 F1 / F0", "F1 is there already, on rank 0"),
+        ("F0 / F0 F1 F2 / F0", "3 rows, but the board has 2 ranks"),
+        ("F0 F1 F2 / .", "with F2 rank 0 would hold 3 micro-batches in flight, and 2 are allowed"),
+        ("F0 / B0 F0", "B0 on rank 1 needs its forward pass F0, which would come after it"),
+        (
+            "F0 B0 F1 / F0 F1 B0",
+            "a circle of waits, in which nobody can go on: rank 0 would stand at B0 and wait for B0",
+        ),
+        ("F0 / 0F1", "rank 0 holds stage 0 and its weights, so rank 1 cannot run F1"),
+        ("F0 / F0 I0", "I0 is half a backward pass, and this board has whole ones"),
+        ("F0 / 2F0", "there is no stage 2: the board has stages 0 to 1"),
+        ("F7 / .", "F7 is of no micro-batch: there are 0 to 3"),
+        ("F0 / G0", '"G0" is no pass: write F0, B0, I0 or W0'),
+    ],
+)
+def test_a_board_says_why_it_refuses(text, reason):
+    [said] = judged([{"game": board(ranks=2, micro_batches=4, cap=2).game, "text": text}])
+    assert reason in said["wrong"]
+
+
+COSTS = Costs((1.0,) * 2, (1.0,) * 2, (1.0,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "ranks is None: use a whole number from 1 up"),
+        ({"ranks": 2}, "micro_batches is None"),
+        ({"ranks": "2", "micro_batches": 2}, "ranks is '2'"),
+        ({"ranks": 2, "micro_batches": 0}, "micro_batches is 0"),
+        ({"ranks": 2, "micro_batches": 2, "cap": 0}, "cap is 0"),
+        ({"ranks": 20, "micro_batches": 64}, "a board of 2560 passes"),
+        ({"ranks": 2, "micro_batches": 2, "placement": (0, 0)}, "placement is (0, 0): give the rank of each stage"),
+        ({"ranks": 3, "micro_batches": 2, "costs": COSTS}, "costs for 2 stages, but placement has 3"),
+        (
+            {"ranks": 2, "micro_batches": 2, "costs": replace(COSTS, optimizer=(1.0, 1.0))},
+            "costs of what ends a step",
+        ),
+        ({"shown": "1f1b"}, "board('1f1b'): give a puzzle, a timeline, or ranks= and micro_batches="),
+        ({"shown": PUZZLES["twelve slots"], "cap": 3}, "the puzzle 'twelve slots' has its own cap: leave them out"),
+        ({"ranks": 2, "micro_batches": 2, "start": "F0"}, "start has 1 rows, but the board has 2 ranks"),
+        (
+            {"ranks": 2, "micro_batches": 2, "start": "F0 / F9"},
+            "rank 1 has ForwardPass 9 of stage 1, but runs passes",
+        ),
+        ({"ranks": 2, "micro_batches": 2, "start": "F0 F0 / ."}, "start: rank 0 has ForwardPass 0 of stage 0 twice"),
+        ({"ranks": 2, "micro_batches": 2, "start": "F0 B0 / F0"}, "start cannot be played: deadlock"),
+        ({"ranks": 2, "micro_batches": 2, "start": "F0 X / F0"}, "rank 0: 'X' is no pass"),
+    ],
+)
+def test_what_makes_no_board_is_told(arguments, words):
+    with pytest.raises(ValueError) as problem:
+        board(**arguments)
+    assert words in str(problem.value)
+
+
+def test_a_timeline_is_told_in_its_unit():
+    streams = [deepspeed_1f1b(2, 3, stage) for stage in range(2)]
+    costs = Costs((0.001,) * 2, (0.001,) * 2, (0.001,) * 2, message_bytes=(1.0,), bandwidth=1000.0)
+    timeline = simulate(streams, costs)
+    shown = board(timeline)
+    assert shown.game["seconds"] == pytest.approx(timeline.seconds * 1e3) and shown.game["unit"] == "ms"
+    assert [span["name"] for span in shown.game["spans"][:2]] == ["LoadMicroBatch", "ForwardPass"]
+    assert {span["label"] for span in shown.game["spans"]} >= {"F0", "B2", ""}
+    with pytest.raises(ValueError, match="on which nothing is placed"):
+        _ = shown.streams
+    with pytest.raises(ValueError, match="a board shows up to 2000"):
+        board(simulate(build("1f1b", 8, 200), Costs.equal(8)))
+
+
+def test_a_page_has_figures_with_words_and_one_module_for_its_boards(tmp_path):
+    boards = [
+        board(PUZZLES["twelve slots"]),
+        board(ranks=2, micro_batches=2, placement=(0, 1, 1, 0), start="0F0 0F1 3F0 / 1F0 2F0"),
+        board(simulate(build("1f1b", 2, 2), Costs.equal(2)), unit="slots"),
+    ]
+    outputs = [new_output("display_data", each._repr_mimebundle_()[0]) for each in boards]
+    cells = [
+        new_markdown_cell("# One\n\nA promise."),
+        *(new_code_cell("board()", outputs=[output]) for output in outputs),
+    ]
+    widgets = {each.model_id: {"state": {}} for each in boards}
+    state = {"application/vnd.jupyter.widget-state+json": {"state": widgets, "version_major": 2, "version_minor": 0}}
+    for metadata in ({}, {"widgets": state}):  # as JupyterLab keeps a notebook, and as papermill does
+        write(new_notebook(cells=cells, metadata=metadata), tmp_path / "00_one.ipynb")
+        assert build_html.build(tmp_path, tmp_path, tmp_path / "html") == []
+        soup = BeautifulSoup((tmp_path / "html" / "00_one.html").read_text(), "html.parser")
+        figures = soup.select("[data-pipetutor-board] > svg")
+        said = [figure["aria-label"] for figure in figures]
+        assert "in 12 slots. A row for each of 3 ranks, over time. Nothing is placed yet." in said[0]
+        assert said[1] == "A row for each of 2 ranks, over time. Placed: 0F0 0F1 3F0 / 1F0 2F0."
+        assert said[2] == "A row for each of 2 ranks, over time. 9 slots, of which the ranks wait 33%."
+        assert [text.get_text() for text in figures[1].select("text")][2:] == ["0F0", "0F1", "3F0", "1F0", "2F0"]
+        [module] = soup.select("script[data-pipetutor-module]")
+        assert module["type"] == "module" and module.string == board_module.MOUNT
+        games = [json.loads(tag.string) for tag in soup.select("[data-pipetutor-board] > script")]
+        assert games == json.loads(json.dumps([{**each.game, "start": each.text} for each in boards]))
+
+
+def test_the_module_can_stand_in_a_page():
+    assert "</script" not in board_module.MODULE.lower() and "<!--" not in board_module.MODULE
+
+
+def test_a_board_loads_no_torch():
+    code = "import sys, pipetutor.figures.board; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
