@@ -225,6 +225,7 @@ CORE = [
         "core/test_records.py::test_a_damaged_line_hides_neither_a_failure_nor_the_steps_before_it",
     ),
 ]
+PIPEDREAM = "schedule/test_pipedream.py"
 SCHEDULE = [
     Mutation("schedule/orders.py", "if number >= warm_up:", "if number > warm_up:", "schedule/test_orders.py"),
     Mutation(
@@ -246,6 +247,13 @@ SCHEDULE = [
         "in reversed(range(micro_batches))",
         "in range(micro_batches)",
         "schedule/test_orders.py",
+    ),
+    Mutation(
+        "schedule/pipedream.py", "forward[stage, micro_batch] = changed", "forward[stage, micro_batch] = 0", PIPEDREAM
+    ),
+    Mutation("schedule/rules.py", "number) < changed", "number) > changed", PIPEDREAM),
+    Mutation(
+        "schedule/rules.py", "[((name,), stage - 1)]", "[((name,), stage)]", "schedule/test_random_schedules.py"
     ),
     Mutation("schedule/formulas.py", "2 * ranks - 1 if", "2 * ranks - 2 if", "schedule/test_orders.py"),
     Mutation("schedule/simulate.py", "left + costs.latency", "left", "schedule/test_simulate.py"),
