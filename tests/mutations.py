@@ -261,6 +261,9 @@ SCHEDULE = [
     Mutation("costs/links.py", "(ranks - 1) / ranks * size", "ranks / (ranks - 1) * size", "costs/test_links.py"),
     Mutation("costs/links.py", "min(costs.bandwidth, useful / 8)", "useful / 8", "costs/test_links.py"),
 ]
+CERTIFIED = (
+    "certify/test_certify.py::test_tied_weights_both_engines_clipping_and_zero_are_right_and_their_controls_are_not"
+)
 AROUND = [
     Mutation(
         "data/loader.py",
@@ -352,6 +355,14 @@ AROUND = [
         'difference if difference == difference else float("inf")',
         "difference",
         "certify/test_certify.py::test_one_wrong_entry_among_many_tensors_is_found",
+    ),
+    Mutation("certify/proof.py", "output.data = gradient", "pass", CERTIFIED),
+    Mutation("certify/dualpipev.py", "self._stages[self.active_phase]", "self._stages[0]", CERTIFIED),
+    Mutation(
+        "certify/dualpipev.py",
+        "2 * ranks - 1 - rank if second",
+        "rank if second",
+        "certify/test_dualpipev.py",
     ),
     Mutation(
         "figures/plots_timeline.py",

@@ -251,8 +251,8 @@ def _fork(model: Model, bounds: list[int]) -> None:
 
 
 def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
+    from pipetutor.certify.dualpipev import DualPipeV
     from pipetutor.core.deepspeed_engines import Pipeline
-    from pipetutor.core.dualpipev import DualPipeV
 
     config: dict[str, Any] = {
         "train_batch_size": MICRO_BATCH * case.micro_batches * case.replicas,
