@@ -225,6 +225,7 @@ CORE = [
         "core/test_records.py::test_a_damaged_line_hides_neither_a_failure_nor_the_steps_before_it",
     ),
 ]
+PIPEDREAM = "schedule/test_pipedream.py"
 SCHEDULE = [
     Mutation("schedule/orders.py", "if number >= warm_up:", "if number > warm_up:", "schedule/test_orders.py"),
     Mutation(
@@ -246,6 +247,13 @@ SCHEDULE = [
         "in reversed(range(micro_batches))",
         "in range(micro_batches)",
         "schedule/test_orders.py",
+    ),
+    Mutation(
+        "schedule/pipedream.py", "forward[stage, micro_batch] = changed", "forward[stage, micro_batch] = 0", PIPEDREAM
+    ),
+    Mutation("schedule/rules.py", "number) < changed", "number) > changed", PIPEDREAM),
+    Mutation(
+        "schedule/rules.py", "[((name,), stage - 1)]", "[((name,), stage)]", "schedule/test_random_schedules.py"
     ),
     Mutation("schedule/formulas.py", "2 * ranks - 1 if", "2 * ranks - 2 if", "schedule/test_orders.py"),
     Mutation("schedule/simulate.py", "left + costs.latency", "left", "schedule/test_simulate.py"),
@@ -289,6 +297,9 @@ SCHEDULE = [
     Mutation("costs/links.py", "(ranks - 1) / ranks * size", "ranks / (ranks - 1) * size", "costs/test_links.py"),
     Mutation("costs/links.py", "min(costs.bandwidth, useful / 8)", "useful / 8", "costs/test_links.py"),
 ]
+CERTIFIED = (
+    "certify/test_certify.py::test_tied_weights_both_engines_clipping_and_zero_are_right_and_their_controls_are_not"
+)
 AROUND = [
     Mutation(
         "data/loader.py",
@@ -380,6 +391,14 @@ AROUND = [
         'difference if difference == difference else float("inf")',
         "difference",
         "certify/test_certify.py::test_one_wrong_entry_among_many_tensors_is_found",
+    ),
+    Mutation("certify/proof.py", "output.data = gradient", "pass", CERTIFIED),
+    Mutation("certify/dualpipev.py", "self._stages[self.active_phase]", "self._stages[0]", CERTIFIED),
+    Mutation(
+        "certify/dualpipev.py",
+        "2 * ranks - 1 - rank if second",
+        "rank if second",
+        "certify/test_dualpipev.py",
     ),
     Mutation(
         "figures/plots_timeline.py",

@@ -93,8 +93,8 @@ class Certificate:
 
 
 _HEAD = (
-    f"{'model':8} {'P':>2} {'M':>2} {'R':>2} {'way':14}  {'gradients':>17} {'parameters':>17} {'loss':>8}   verdict\n"
-    f"{'':8} {'':>2} {'':>2} {'':>2} {'':14}  {'abs.':>8} {'rel.':>8} {'abs.':>8} {'rel.':>8} {'rel.':>8}"
+    f"{'model':8} {'P':>2} {'M':>2} {'R':>2} {'way':15}  {'gradients':>17} {'parameters':>17} {'loss':>8}   verdict\n"
+    f"{'':8} {'':>2} {'':>2} {'':>2} {'':15}  {'abs.':>8} {'rel.':>8} {'abs.':>8} {'rel.':>8} {'rel.':>8}"
 )
 
 
@@ -112,7 +112,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2} {row['way']:14}  "
+    case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2} {row['way']:15}  "
     if "gradient" not in row:
         return case + _verdict(row)
     numbers = [row[part][kind] for part in ("gradient", "final") for kind in ("absolute", "relative")]
@@ -141,7 +141,7 @@ def certify(
         micro_batches: numbers of micro-batches M, in each step and replica.
         replicas: numbers of copies of the pipeline.
         ways: other ways in which two stages train four micro-batches, of ``WAYS``: with torch's engine, with clipped
-            gradients, with an optimizer that two replicas share; none is fine.
+            gradients, with an optimizer that two replicas share, with two stages on each rank; none is fine.
         dataset: as in ``launch``; by default ``sums`` for a gpt, and ``synthetic`` for other models of ours.
         data_dir: where the data is or will be.
         runs_dir: where the directory with ``certificate.json`` is made.
@@ -182,7 +182,7 @@ def certify(
     for case in skipped:
         case["reason"] = f"{case['stages'] * case['replicas']} ranks, and there is memory for {room}"
     if models[-1] in about and len(about[models[-1]]) < 2 * last["stages"]:
-        short = [case for case in cases if case["way"] in V_SHAPED]
+        short = [case for case in cases if case["way"] in V_SHAPED and case not in skipped]
         for case in short:
             case["reason"] = f"{2 * last['stages']} stages, and the model has {len(about[models[-1]])} layers"
         skipped += short

@@ -251,8 +251,8 @@ def _fork(model: Model, bounds: list[int]) -> None:
 
 
 def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
+    from pipetutor.certify.dualpipev import DualPipeV
     from pipetutor.core.deepspeed_engines import Pipeline
-    from pipetutor.core.dualpipev import DualPipeV
 
     config: dict[str, Any] = {
         "train_batch_size": MICRO_BATCH * case.micro_batches * case.replicas,
@@ -302,7 +302,7 @@ def _spoil(case: Case, engine: Any, stage: int, longest: float) -> None:
 
 
 def _clear(engine: Any) -> None:
-    """Have DeepSpeed clear what it has sent, as it does in the release after 0.19.8: the documentation warns of it.
+    """Have DeepSpeed clear what it has sent, as its versions after 0.19.8 do: their documentation warns of it.
 
     Once a stage's output is sent, the backward pass needs the graph behind it alone, unless another operation of the
     stage took it in, too. When its gradient comes, the output borrows that one's memory, so that shapes agree and no

@@ -90,7 +90,26 @@ def _names(form: Form, stage: int, micro_batch: int, place: Mapping[Instruction,
     return ["ForwardPass", *(halves if split else ("BackwardPass",)), *form.around(stage)]
 
 
+def _check_weights(rank: int, stream: Sequence[Instruction]) -> None:
+    """Raise where weights change between a forward pass and a backward pass of the same micro-batch."""
+    begun: dict[tuple[int, int | None], int] = {}
+    changed = -1
+    for number, (name, stage, micro_batch) in enumerate(stream):
+        if name == "OptimizerStep":
+            changed = number
+        elif name == "ForwardPass":
+            begun[stage, micro_batch] = number
+        elif name in PASSES and begun.get((stage, micro_batch), number) < changed:
+            forward = Instruction("ForwardPass", stage, micro_batch)
+            raise ScheduleError(
+                f"rank {rank}: the weights change (instruction {changed}) between {forward} and its {name} "
+                f"(instruction {number}), so a gradient would be taken of weights that are there no more: flush, "
+                "for OptimizerStep must be last"
+            )
+
+
 def _check_rank(form: Form, rank: int, stream: Sequence[Instruction]) -> None:
+    _check_weights(rank, stream)
     place: dict[Instruction, int] = {}
     for number, instruction in enumerate(stream):
         name, stage, micro_batch = instruction

@@ -151,6 +151,7 @@ NOISY = """
     from torch import nn
     from torch.utils.data import TensorDataset
     def noisy(): return [nn.Linear(4, 4), lambda x: x + torch.rand_like(x), nn.Linear(4, 2)]
+    def short(): return [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)]
     def data(train): return TensorDataset(torch.ones(32, 4), torch.zeros(32, dtype=torch.long))
 """
 
@@ -163,6 +164,16 @@ def test_a_model_that_draws_as_it_computes_is_said_to_have_nothing_to_compare(ru
     certificate = certify(["noisy_model:noisy"], [2], [1], [1], **asked)
     assert not certificate.passed
     assert "draws random numbers as it computes" in certificate.rows[0]["reason"]
+
+
+def test_a_model_too_short_for_two_stages_a_rank_leaves_those_rows_out(runs, tmp_path):
+    (tmp_path / "noisy_model.py").write_text(textwrap.dedent(NOISY))
+    ways = ["torch", "torch DualPipeV", "DualPipeV"]
+    certificate = certify(["noisy_model:short"], [2], [1], [1], ways=ways, dataset="noisy_model:data", runs_dir=runs)
+    assert certificate.passed, str(certificate)
+    assert [row["way"] for row in certificate.skipped] == ways[1:]
+    assert {row["reason"] for row in certificate.skipped} == {"4 stages, and the model has 3 layers"}
+    assert "cleared" not in {row["control"] for row in certificate.rows}
 
 
 BROKEN = """

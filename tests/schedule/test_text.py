@@ -2,13 +2,13 @@
 
 import numpy
 import pytest
+from random_schedules import accepted
 from torch.distributed.pipelining import schedules as runtime
 
 from pipetutor.schedule import orders, text
-from pipetutor.schedule.orders import LOOPED, SCHEDULES, Instruction, build
+from pipetutor.schedule.orders import SCHEDULES, Instruction, build
 from pipetutor.schedule.rules import ScheduleError, check, picture, placement
 
-CHUNKS = dict.fromkeys(LOOPED, 2)
 every = pytest.mark.parametrize("name", SCHEDULES)
 
 
@@ -18,7 +18,7 @@ def passes(streams):
 
 @every
 def test_what_is_drawn_and_what_is_written_is_read_again(name):
-    streams = build(name, 3, 6, CHUNKS.get(name, 1))
+    streams = build(name, 3, *accepted(name, 3, 6, 2))
     for written in (picture(streams), text.csv(streams), text.csv(streams).replace("\n", " / ")):
         assert passes(text.parse(written)) == passes(streams)
     check(text.parse(picture(streams)))
@@ -26,10 +26,12 @@ def test_what_is_drawn_and_what_is_written_is_read_again(name):
 
 @every
 def test_torch_reads_what_is_written(name):
-    streams = build(name, 2, 4, CHUNKS.get(name, 1))
-    rows = [[runtime._Action.from_str(cell) for cell in row.split(",")] for row in text.csv(streams).splitlines()]
+    micro_batches, chunks = accepted(name, 2, 4, 2)
+    streams = build(name, 2, micro_batches, chunks)
     holders = placement(streams)
-    assert runtime._validate_schedule(dict(enumerate(rows)), 2, len(holders), 4) == dict(enumerate(holders))
+    rows = [[runtime._Action.from_str(cell) for cell in row.split(",")] for row in text.csv(streams).splitlines()]
+    held = runtime._validate_schedule(dict(enumerate(rows)), 2, len(holders), micro_batches)
+    assert held == dict(enumerate(holders))
 
 
 def test_words_by_hand():

@@ -1,7 +1,9 @@
-"""DeepSpeed's DualPipeV, as ``pipetutor.core.engine`` wants an engine: a pipeline with two stages on each rank.
+"""DeepSpeed's DualPipeV, made an engine that the certificate can train and look into.
 
-Of 2P stages, rank r holds r and 2P - 1 - r, as in ``schedule.orders.dualpipev``; but backward passes are whole
-(DeepSpeed 0.19.8), and messages are collected and exchanged in batches (``CommitP2P``).
+Of 2P stages, rank r holds r and 2P - 1 - r, and computes in the order of ``schedule.orders.dualpipev``, but with
+whole backward passes (DeepSpeed 0.19.8). It is certified and not launched: its messages are collected and exchanged
+in batches (``CommitP2P``), of which a trace could not tell who waits for what, and it evaluates no fewer than 2P
+micro-batches.
 """
 
 from collections.abc import Mapping
