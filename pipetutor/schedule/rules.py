@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
 
-__all__ = ["LETTERS", "ScheduleError", "check", "picture", "placement"]
+__all__ = ["LETTERS", "PASSES", "ScheduleError", "check", "picture", "placement"]
 
 LETTERS = {
     "ForwardPass": "F",
