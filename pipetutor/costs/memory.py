@@ -87,7 +87,7 @@ def predict(
     rows = []
     for rank in range(timeline.ranks):
         spans = timeline.of(rank)
-        stages = range(rank, len(kept), timeline.ranks)
+        stages = np.unique(spans["stage"][spans["kind"] == CODE["ForwardPass"]])
         layers = [layer for s in stages for layer in costs.layers[bounds[s] : bounds[s + 1]]]
         parameters = FP32 * parameters_of(layers)
         # Without ZeRO each place of tied weights adds up its gradients apart, also on one rank: core.model.TiedSums.

@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 
     Attributes:
         name: DeepSpeed's name; ``BackwardInput`` and ``BackwardWeight`` are the halves of a ``BackwardPass``.
-        stage: of the model; with several chunks, rank r of P holds the stages r, r + P, r + 2P, ...
+        stage: of the model; the rank that runs a stage holds it. Of what concerns the whole step, the rank's number.
         micro_batch: counted from 0 in each step; None for what concerns the whole step.
     """
 

@@ -35,7 +35,7 @@ COLUMNS = ("compute", "load", "transfer", "waiting", "reduce", "optimizer", "oth
 SPAN = np.dtype(
     [
         ("rank", "i4"),
-        ("stage", "i4"),  # of the model: rank + chunk x P where a rank holds several chunks
+        ("stage", "i4"),  # of the model; of a rank where it concerns the whole step
         ("replica", "i4"),
         ("kind", "i1"),  # its place in KINDS
         ("micro_batch", "i4"),  # -1 for what concerns the whole step

@@ -48,6 +48,15 @@ def test_gpipe_keeps_all_micro_batches_and_1f1b_as_many_as_stages(alexnet):
     assert kept["gpipe", 8, True] < 0.35 * kept["gpipe", 8, False]
 
 
+def test_a_rank_keeps_the_stages_that_its_stream_runs(alexnet):
+    """In a V rank 0 has both ends of the model."""
+    bounds = [0, 5, 12, 16, 22]
+    first, second = memory.predict(alexnet, bounds, streams("zbv", 2, 4))
+    ends = sum(layer.parameters for layer in (*alexnet.layers[:5], *alexnet.layers[16:]))
+    assert first["parameters"] == 4 * ends
+    assert second["parameters"] == 4 * sum(layer.parameters for layer in alexnet.layers[5:16])
+
+
 WAYS = [("deepspeed", "1f1b", False), ("torch", "gpipe", False), ("torch", "gpipe", True)]
 
 
