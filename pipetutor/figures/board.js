@@ -906,9 +906,6 @@ class View {
     for (const { rank, stage, batch, kind, name, look, label, begin, end, waiting } of game.spans) {
       const of = batch < 0 ? "" : ` of micro-batch ${batch}, stage ${stage}`;
       const [low, high] = [Math.min(...lows.get(rank)), Math.max(...lows.get(rank))];
-      if (waiting > least && !game.gaps.length) {
-        cells[rank].push({ type: "gap", begin, end: begin + waiting, said: `Rank ${rank} waits ${slots(waiting, game.unit)} before ${name}${of}.` });
-      }
       if (end - begin - waiting > least) {
         cells[rank].push({ type: "pass", begin: begin + waiting, end, kind, look, label, short: batch < 0 ? "" : String(batch), name,
           depth: depthOf([low, high], stage),

@@ -284,6 +284,9 @@ def test_a_timeline_is_told_in_its_unit():
     assert shown.game["seconds"] == pytest.approx(timeline.seconds * 1e3) and shown.game["unit"] == "ms"
     assert [span["name"] for span in shown.game["spans"][:2]] == ["LoadMicroBatch", "ForwardPass"]
     assert {span["label"] for span in shown.game["spans"]} >= {"F0", "B2", ""}
+    waits = [sum(gap["end"] - gap["begin"] for gap in shown.game["gaps"] if gap["rank"] == rank) for rank in (0, 1)]
+    assert waits == pytest.approx([row["waiting"] * 1e3 for row in timeline.accounting()])
+    assert "Rank 1 waits 1 ms for the activation of micro-batch 0 from stage 0" in shown.game["gaps"][2]["words"]
     with pytest.raises(ValueError, match="on which nothing is placed"):
         _ = shown.streams
     with pytest.raises(ValueError, match="a board shows up to 2000"):
