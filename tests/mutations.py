@@ -634,7 +634,29 @@ HOSTS = [
         "system/test_namespaces.py::test_a_pair_that_is_not_there_is_refused",
     ),
 ]
-MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER]
+BOARD_JUDGES = "figures/test_board.py::test_the_board_judges_and_plays_as_the_package_does"
+BOARD = [
+    Mutation("figures/board.js", "Math.max(wires.get(wire) ?? 0, end)", "end", BOARD_JUDGES),
+    Mutation("figures/board.js", "arrive = left + costs.latency", "arrive = left", BOARD_JUDGES),
+    Mutation("figures/board.js", "held > game.cap", "held >= game.cap", BOARD_JUDGES),
+    Mutation("figures/board.js", "(one) => one.made - one.begin", "(one) => one.start - one.begin", BOARD_JUDGES),
+    Mutation("figures/board.js", 'pass.kind === "B" && halved', "halved", BOARD_JUDGES),
+    Mutation("figures/board.js", 'if (!game.split && "IW"', 'if ("IW"', BOARD_JUDGES),
+    Mutation(
+        "figures/board.js",
+        "place.index > index",
+        "place.index < 0",
+        "figures/test_board.py::test_a_board_says_why_it_refuses",
+    ),
+    Mutation(
+        "figures/board.py",
+        '.replace("<", "\\\\u003c")',
+        "",
+        "figures/test_board.py::test_a_page_has_figures_with_words_and_one_module_for_its_boards",
+    ),
+]
+
+MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *BOARD]
 
 
 def status(tests: str, mutation: Mutation | None = None) -> int:

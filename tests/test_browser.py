@@ -620,6 +620,10 @@ def test_boards_are_seen_light_and_dark_large_and_small_and_without_a_script(pla
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 page.evaluate(DRAWN)
                 page.screenshot(path=SCREENSHOTS / f"board-{colours}-{width}.png", full_page=True)
+            last = page.get_by_role("region", name="Board").nth(2)
+            last.get_by_role("gridcell", name="Rank 3 waits").first.hover()
+            cause = "Rank 3 waits 4 slots for the activation of micro-batch 0 from stage 2; meanwhile: F0 of stage 0"
+            expect(last.locator(".pt-info")).to_contain_text(cause)
             page.get_by_role("button", name="Play").first.click()
             expect(page.locator(".pt-info").first).to_contain_text("Slot 2")
     with browser(place, java_script_enabled=False) as page:

@@ -223,11 +223,11 @@ export function play(game, rows, cost = costOf) {
         const found = before && candidates(before, pass.batch).map((one) => done.get(idOf(one))).find(Boolean);
         const need = found && before.stage !== pass.stage ? found : null;
         const begin = clock[rank];
-        const start = need ? Math.max(begin, need.rank === rank ? need.end : need.arrive) : begin;
+        const start = need ? Math.max(begin, need.arrive) : begin;
         const made = need ? Math.min(Math.max(need.end, begin), start) : begin;
         const end = start + cost(costs, pass);
         const to = pass.stage + (pass.kind === "F" ? 1 : -1);
-        let arrive = end;
+        let arrive = end; // where it is needed
         if (pass.kind !== "W" && placement[to] !== undefined && placement[to] !== rank) {
           const wire = `${rank} to ${placement[to]}`;
           const left = Math.max(wires.get(wire) ?? 0, end) + (costs.wire[Math.min(pass.stage, to)] ?? 0);
@@ -906,9 +906,6 @@ class View {
     for (const { rank, stage, batch, kind, name, look, label, begin, end, waiting } of game.spans) {
       const of = batch < 0 ? "" : ` of micro-batch ${batch}, stage ${stage}`;
       const [low, high] = [Math.min(...lows.get(rank)), Math.max(...lows.get(rank))];
-      if (waiting > least && !game.gaps.length) {
-        cells[rank].push({ type: "gap", begin, end: begin + waiting, said: `Rank ${rank} waits ${slots(waiting, game.unit)} before ${name}${of}.` });
-      }
       if (end - begin - waiting > least) {
         cells[rank].push({ type: "pass", begin: begin + waiting, end, kind, look, label, short: batch < 0 ? "" : String(batch), name,
           depth: depthOf([low, high], stage),
@@ -981,16 +978,18 @@ class View {
   }
 
   axis(x, shown, high) {
+    const { game } = this;
     const made = shape("g", { "aria-hidden": "true" });
     const step = this.fixed ? 10 ** Math.floor(Math.log10(shown / 3 || 1)) * (shown / 10 ** Math.floor(Math.log10(shown / 3 || 1)) > 12 ? 5 : 1) : 1;
     for (let time = 0; time <= shown + CLOSE; time += step) {
       made.append(shape("line", { class: "pt-grid", x1: x(time), x2: x(time), y1: HEAD - 3, y2: high }));
       const label = this.fixed ? number(time) : String(time + 1);
-      const skip = !this.fixed && ((this.scale < 18 && (time + 1) % 5) || time === this.game.par);
+      const skip = !this.fixed && ((this.scale < 18 && (time + 1) % 5) || time === game.par);
       if ((this.fixed || time < shown - 0.5) && !skip) {
         made.append(shape("text", { class: "pt-soft", x: x(time + (this.fixed ? 0 : 0.5)), y: 14, "text-anchor": "middle" }, label));
       }
     }
+    made.append(shape("text", { class: "pt-soft", x: 0, y: 14 }, this.fixed ? game.unit : "slot"));
     return made;
   }
 

@@ -20,6 +20,7 @@ import traitlets
 
 from pipetutor.figures.picture import brief
 from pipetutor.figures.plots_timeline import LOOK_OF, LOOKS
+from pipetutor.schedule.causes import causes
 from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.puzzles import Puzzle
 from pipetutor.schedule.rules import PASSES, ScheduleError, check, picture
@@ -233,6 +234,16 @@ def _timeline(timeline: Timeline, unit: str) -> dict[str, Any]:
                 "waiting": float(span["waiting"]) * scale,
             }
         )
+    gaps = [
+        {
+            "rank": gap.rank,
+            "begin": float(gap.begin - timeline.begin) * scale,
+            "end": float(gap.end - timeline.begin) * scale,
+            "words": f"R{gap.words(unit)[1:]}.",
+        }
+        for gap in causes(timeline)
+        if gap.kind != "transfer"  # which is a span of its own
+    ]
     return {
         "name": "",
         "task": "",
@@ -242,7 +253,7 @@ def _timeline(timeline: Timeline, unit: str) -> dict[str, Any]:
         "seconds": timeline.seconds * scale,
         "bubble": timeline.bubble,
         "spans": spans,
-        "gaps": [],
+        "gaps": gaps,
         "looks": LOOKS,
     }
 

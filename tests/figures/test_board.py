@@ -284,6 +284,9 @@ def test_a_timeline_is_told_in_its_unit():
     assert shown.game["seconds"] == pytest.approx(timeline.seconds * 1e3) and shown.game["unit"] == "ms"
     assert [span["name"] for span in shown.game["spans"][:2]] == ["LoadMicroBatch", "ForwardPass"]
     assert {span["label"] for span in shown.game["spans"]} >= {"F0", "B2", ""}
+    waits = [sum(gap["end"] - gap["begin"] for gap in shown.game["gaps"] if gap["rank"] == rank) for rank in (0, 1)]
+    assert waits == pytest.approx([row["waiting"] * 1e3 for row in timeline.accounting()])
+    assert "Rank 1 waits 1 ms for the activation of micro-batch 0 from stage 0" in shown.game["gaps"][2]["words"]
     with pytest.raises(ValueError, match="on which nothing is placed"):
         _ = shown.streams
     with pytest.raises(ValueError, match="a board shows up to 2000"):
@@ -292,7 +295,7 @@ def test_a_timeline_is_told_in_its_unit():
 
 def test_a_page_has_figures_with_words_and_one_module_for_its_boards(tmp_path):
     boards = [
-        board(PUZZLES["twelve slots"]),
+        board(replace(PUZZLES["twelve slots"], task="Take 12 slots, <b>& no more</b></script>.")),
         board(ranks=2, micro_batches=2, placement=(0, 1, 1, 0), start="0F0 0F1 3F0 / 1F0 2F0"),
         board(simulate(build("1f1b", 2, 2), Costs.equal(2)), unit="slots"),
     ]
@@ -309,7 +312,8 @@ def test_a_page_has_figures_with_words_and_one_module_for_its_boards(tmp_path):
         soup = BeautifulSoup((tmp_path / "html" / "00_one.html").read_text(), "html.parser")
         figures = soup.select("[data-pipetutor-board] > svg")
         said = [figure["aria-label"] for figure in figures]
-        assert "in 12 slots. A row for each of 3 ranks, over time. Nothing is placed yet." in said[0]
+        task = "Take 12 slots, <b>& no more</b></script>."
+        assert said[0] == f"Twelve slots {task} A row for each of 3 ranks, over time. Nothing is placed yet."
         assert said[1] == "A row for each of 2 ranks, over time. Placed: 0F0 0F1 3F0 / 1F0 2F0."
         assert said[2] == "A row for each of 2 ranks, over time. 9 slots, of which the ranks wait 33%."
         assert [text.get_text() for text in figures[1].select("text")][2:] == ["0F0", "0F1", "3F0", "1F0", "2F0"]
