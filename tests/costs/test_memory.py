@@ -50,11 +50,11 @@ def test_gpipe_keeps_all_micro_batches_and_1f1b_as_many_as_stages(alexnet):
 
 def test_a_rank_keeps_the_stages_that_its_stream_runs(alexnet):
     """In a V rank 0 has both ends of the model."""
-    bounds = [0, 5, 12, 16, 22]
+    bounds = [0, 6, 10, 19, 22]
     first, second = memory.predict(alexnet, bounds, streams("zbv", 2, 4))
-    ends = sum(layer.parameters for layer in (*alexnet.layers[:5], *alexnet.layers[16:]))
+    ends = sum(layer.parameters for layer in (*alexnet.layers[:6], *alexnet.layers[19:]))
     assert first["parameters"] == 4 * ends
-    assert second["parameters"] == 4 * sum(layer.parameters for layer in alexnet.layers[5:16])
+    assert second["parameters"] == 4 * sum(layer.parameters for layer in alexnet.layers[6:19])
 
 
 WAYS = [("deepspeed", "1f1b", False), ("torch", "gpipe", False), ("torch", "gpipe", True)]
