@@ -9,6 +9,7 @@ an exception, and where each rank stands when nothing moves any more. The lines 
 alone has the text of its cells.
 """
 
+import functools
 import inspect
 import io
 import linecache
@@ -269,10 +270,26 @@ def _rank(call: Call, rank: int, folder: Path) -> bytes:
         del told
 
 
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a function of ``torch.distributed`` refuse a rank that is not there: gloo crashes, or waits for ever."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        peer, last = given.get("dst", given.get("src")), int(os.environ["WORLD_SIZE"]) - 1
+        if isinstance(peer, int) and not 0 <= peer <= last:
+            raise ValueError(f"{function.__name__} names rank {peer}, and the ranks are 0 to {last}")
+        return function(*args, **kwargs)
+
+    return call
+
+
 def _answer(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Make the calls, and leave for each what its ranks answer or what is known of why not."""
-    import torch.distributed  # noqa: F401 (once, here, and not once in every fork)
+    import torch.distributed as dist  # once, here, and not once in every fork
 
+    for name in ("send", "isend", "recv", "irecv"):
+        setattr(dist, name, _checked(getattr(dist, name)))
     # Behind our own, which a file random.py of the learner's must not hide.
     sys.path += [path for path in asked["path"] if path not in sys.path]
     for place, call in enumerate(pickle.loads((directory / CALLS).read_bytes())):

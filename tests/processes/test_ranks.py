@@ -127,6 +127,22 @@ def test_no_call_is_made_after_one_that_fails(folder):
     assert [(len(one.returned), bool(one.reason)) for one in found] == [(2, False), (3, False), (0, True)]
 
 
+@pytest.mark.parametrize("way", ["send", "isend", "recv", "irecv"])
+def test_a_rank_that_is_not_there_is_refused(way):
+    with pytest.raises(RunFailed) as failed:
+        on_ranks(stray, 1, way)
+    first, line = str(failed.value).splitlines()
+    assert first == f"rank 0 raised ValueError: {way} names rank 1, and the ranks are 0 to 0"
+    assert line.startswith("    at: getattr(dist, way)(torch.zeros(1), rank + 1)")
+
+
+def stray(rank, ranks, way):
+    import torch
+    import torch.distributed as dist
+
+    getattr(dist, way)(torch.zeros(1), rank + 1)
+
+
 LOCK = __import__("threading").Lock()
 
 
