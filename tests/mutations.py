@@ -438,8 +438,8 @@ AROUND = [
     ),
     Mutation(
         "lessons/predictions.py",
-        'percent or (self.unit == "%" and abs(number) > 1)',
-        "percent",
+        'percent or (self.unit == "%" and abs(number) > 1):',
+        "percent:",
         "lessons/test_predict.py::test_a_share_may_be_typed_in_many_ways",
     ),
     Mutation(

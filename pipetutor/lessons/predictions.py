@@ -42,7 +42,9 @@ class _Question:
             number = math.nan
         if not math.isfinite(number) or isinstance(typed, bool):
             raise ValueError(f"{shown(typed)} is no number: type {self.allowed}")
-        return number / 100 if percent or (self.unit == "%" and abs(number) > 1) else number
+        if percent or (self.unit == "%" and abs(number) > 1):
+            return number / 100
+        return int(number) if number.is_integer() else number
 
     @property
     def allowed(self) -> str:
@@ -106,7 +108,7 @@ def predicted(name: str) -> Any:
     >>> predict("step", 12, unit="slots")
     step: you say 12 slots
     >>> predicted("step")
-    12.0
+    12
     """
     question = _asked.get(name)
     return None if question is None else question.value
