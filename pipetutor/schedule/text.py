@@ -109,6 +109,11 @@ def streams_of(schedule: Any, ranks: int, micro_batches: int) -> list[list[Instr
                 f"{name} must be a function of ranks, micro_batches and rank: def {name}(ranks, micro_batches, rank)"
             ) from None
         schedule = [schedule(ranks, micro_batches, rank) for rank in range(ranks)]
+    if not isinstance(schedule, Iterable):
+        raise ScheduleError(
+            f"{schedule!r:.60} is no schedule: give a text such as 'F0 B0 / F0 B0', a function of ranks, "
+            "micro_batches and rank, or a list with a stream for each rank"
+        )
     return [_checked(rank, stream) for rank, stream in enumerate(schedule)]
 
 

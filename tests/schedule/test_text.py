@@ -83,6 +83,8 @@ def test_functions_lists_and_texts_give_streams():
         (lambda *_: [("ForwardPass", 0, 0)], ["rank 0 has ('ForwardPass', 0, 0)"]),
         (lambda *_: [Instruction("ForwardPass", 0, "0")], ["rank 0 has Instruction", "micro_batch='0'"]),
         ([0], ["rank 0 has 0"]),
+        (None, ["None is no schedule", "a text such as 'F0 B0 / F0 B0'"]),
+        (3, ["3 is no schedule"]),
     ],
 )
 def test_what_is_no_schedule_is_refused_in_a_line(schedule, words):
