@@ -657,6 +657,78 @@ BOARD = [
 ]
 
 MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *BOARD]
+ENGINE = [
+    Mutation(
+        "core/play.py", ".requires_grad_()", "", "core/test_play.py::test_it_computes_what_one_process_computes"
+    ),
+    Mutation(
+        "core/play.py",
+        "loss_fn(y, targets[number]) / count",
+        "loss_fn(y, targets[number])",
+        "core/test_play.py::test_it_computes_what_one_process_computes",
+    ),
+    Mutation(
+        "core/play.py",
+        "* len(holder) + sender) * count + number",
+        "* len(holder) + sender)",
+        "core/test_play.py::test_any_stage_may_be_on_any_rank_and_whole_and_halved_passes_mix",
+    ),
+    Mutation(
+        "processes/ranks.py",
+        'forked(works, folder / "log", asked["deadline"], stay=True, silent=ask)',
+        'forked(works, folder / "log", asked["deadline"], stay=False, silent=ask)',
+        "processes/test_ranks.py::test_a_rank_that_waits_for_one_that_has_returned_is_told_so_and_not_of_a_lost_connection",
+    ),
+    Mutation(
+        "processes/ranks.py",
+        "heartbeat.ask_for_stacks(folder, pids)",
+        "pass",
+        "processes/test_ranks.py::test_a_deadlock_is_ended_and_says_where_each_rank_stands",
+    ),
+    Mutation(
+        "processes/ranks.py",
+        ".replace(co_filename=file)",
+        "",
+        "processes/test_ranks.py::test_from_a_cell",
+    ),
+    Mutation(
+        "processes/ranks.py",
+        'sys.path += [path for path in asked["path"] if path not in sys.path]',
+        'sys.path[:0] = asked["path"]',
+        "processes/test_ranks.py::test_from_a_cell",
+    ),
+    Mutation(
+        "processes/ranks.py",
+        "        if failed:\n            return",
+        "",
+        "processes/test_ranks.py::test_no_call_is_made_after_one_that_fails",
+    ),
+    Mutation(
+        "certify/own.py",
+        'SEED + 1 if case.control == "weights"',
+        'SEED if case.control == "weights"',
+        "certify/test_own.py::test_a_right_engine_passes_and_its_controls_are_found_out",
+    ),
+    Mutation(
+        "certify/own.py",
+        "losses.append(_number(loss) if rank == ranks - 1 else wanted[step])",
+        "losses.append(wanted[step])",
+        "certify/test_own.py::test_a_wrong_engine_is_told_why",
+    ),
+    Mutation(
+        "certify/own.py",
+        "if kept > most:",
+        "if kept > case.micro_batches:",
+        "certify/test_own.py::test_a_wrong_engine_is_told_why",
+    ),
+    Mutation(
+        "certify/own.py",
+        'rank["most_alive"] > most + 1',
+        'rank["most_alive"] > most + 9',
+        "certify/test_own.py::test_a_wrong_engine_is_told_why",
+    ),
+]
+MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *ENGINE]
 
 
 def status(tests: str, mutation: Mutation | None = None) -> int:

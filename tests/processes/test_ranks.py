@@ -79,6 +79,20 @@ def test_a_deadlock_is_ended_and_says_where_each_rank_stands(capsys):
     assert failed.value.directory is None and "rank 2: waits" in capsys.readouterr().out
 
 
+def wait_in_vain(rank, ranks):
+    import torch
+    import torch.distributed as dist
+
+    if rank == 1:
+        dist.recv(torch.zeros(1), 0)
+
+
+def test_a_rank_that_waits_for_one_that_has_returned_is_told_so_and_not_of_a_lost_connection():
+    with pytest.raises(RunFailed) as failed:
+        on_ranks(wait_in_vain, 2, deadline=2)
+    assert "    rank 0 has returned\n    rank 1 stands at: dist.recv(torch.zeros(1), 0)" in str(failed.value)
+
+
 def multiply(x):
     return x @ x
 
