@@ -31,7 +31,7 @@ def test_a_share_may_be_typed_in_many_ways(typed, said):
     answer("bubble", 0.2732)
     assert said() == "bubble: you said 20 %, it is 27.3 %: off by 7.32 points"
     tally()
-    assert said() == "You were right 0 of 1 time; look again at bubble"
+    assert said() == "You were right 0 of 1 time. Look again at: bubble"
 
 
 def test_a_number_is_right_within_a_share(said):
@@ -99,7 +99,7 @@ def test_the_first_prediction_counts(said):
     answer("bubble", 0.2)
     assert said() == "bubble: you said 20 %, it is 20 %: right, within 10 % (your first prediction counts)"
     tally()
-    assert said() == "You were right 0 of 1 time; look again at bubble"
+    assert said() == "You were right 0 of 1 time. Look again at: bubble"
 
 
 def test_what_was_not_found_out_is_not_counted(said):
