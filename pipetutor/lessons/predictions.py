@@ -158,7 +158,7 @@ def tally() -> None:
         )
         return
     wrong = [name for name, right in answered.items() if not right]
-    missed = f"; look again at {', '.join(wrong)}" if wrong else ""
+    missed = f". Look again at: {'; '.join(wrong)}" if wrong else ""
     print(f"You were right {len(answered) - len(wrong)} of {counted(len(answered), 'time')}{missed}")
 
 

@@ -1,8 +1,13 @@
 """What a learner predicts is compared, counted and never in the way."""
 
+import ast
 import doctest
+import re
+from pathlib import Path
 
+import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from pipetutor.lessons import predictions
 from pipetutor.lessons.predictions import answer, predict, predicted, tally
@@ -26,7 +31,7 @@ def test_a_share_may_be_typed_in_many_ways(typed, said):
     answer("bubble", 0.2732)
     assert said() == "bubble: you said 20 %, it is 27.3 %: off by 7.32 points"
     tally()
-    assert said() == "You were right 0 of 1 time; look again at bubble"
+    assert said() == "You were right 0 of 1 time. Look again at: bubble"
 
 
 def test_a_number_is_right_within_a_share(said):
@@ -94,7 +99,7 @@ def test_the_first_prediction_counts(said):
     answer("bubble", 0.2)
     assert said() == "bubble: you said 20 %, it is 20 %: right, within 10 % (your first prediction counts)"
     tally()
-    assert said() == "You were right 0 of 1 time; look again at bubble"
+    assert said() == "You were right 0 of 1 time. Look again at: bubble"
 
 
 def test_what_was_not_found_out_is_not_counted(said):
@@ -112,3 +117,39 @@ def test_all_right(said):
     said()
     tally()
     assert said() == "You were right 2 of 2 times"
+
+
+def calls_of(path):
+    """Yield (cell, function, name, call) for each line of a notebook that has to do with predictions."""
+    for place, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        if cell.cell_type == "code":
+            for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Name)
+                    and node.func.id in predictions.__all__
+                ):
+                    name = ast.unparse(node.args[0]) if node.args else ""
+                    yield place, node.func.id, re.sub(r"^f?'|'$", "", name), node
+
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+ASKING = [path for path in NOTEBOOKS if any(what == "predict" for _, what, *_ in calls_of(path))]
+
+
+@pytest.mark.parametrize("path", ASKING, ids=lambda path: path.stem)
+def test_a_lesson_answers_what_it_asks_and_counts_at_its_end(path):
+    calls = list(calls_of(path))
+    asked = {name: place for place, what, name, _ in calls if what == "predict"}
+    for _, what, name, call in calls:
+        if what == "predict":
+            assert ast.unparse(call.args[1]) == "None", f"{name}: a learner types the value"
+            assert len(name) <= 45, "in a line with what was said, and what it is"
+    for place, what, name, _ in calls:
+        if what in ("answer", "predicted"):
+            pattern = re.sub(r"\\{.*?\\}", ".+", re.escape(name))  # of an f-string
+            found = [one for one in asked if re.fullmatch(pattern, one)]
+            assert found and all(asked[one] < place for one in found), f"{what}({name!r}) comes before any predict"
+            asked |= dict.fromkeys(found, -1) if what == "answer" else {}
+    assert not [name for name, place in asked.items() if place >= 0], "asked, and never answered"
+    assert [what for _, what, *_ in calls].count("tally") == 1 and calls[-1][1] == "tally"
