@@ -656,7 +656,6 @@ BOARD = [
     ),
 ]
 
-MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *BOARD]
 ENGINE = [
     Mutation(
         "core/play.py", ".requires_grad_()", "", "core/test_play.py::test_it_computes_what_one_process_computes"
@@ -728,7 +727,7 @@ ENGINE = [
         "certify/test_own.py::test_a_wrong_engine_is_told_why",
     ),
 ]
-MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *ENGINE]
+MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *BOARD, *ENGINE]
 
 
 def status(tests: str, mutation: Mutation | None = None) -> int:
