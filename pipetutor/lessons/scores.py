@@ -129,7 +129,7 @@ def _ran(run: dict[str, Any] | None) -> str:
     return f"; ran {run['steps']} steps, {run['examples_per_second']:.1f} examples/s"
 
 
-def collect(directory: str | Path = ".") -> Scores:
+def collect(directory: str | Path) -> Scores:
     """Collect the answers of a class, and grade them: under each puzzle the smallest bubble first, ties by memory.
 
     Args:

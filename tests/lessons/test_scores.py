@@ -35,9 +35,7 @@ def test_a_class_is_ranked_by_bubble_and_then_by_memory(tmp_path):
     table = str(found)
     assert table.index(PUZZLES["twelve slots"].task) < table.index("Cy") < table.index("Ada")
     assert "3 are allowed" in table.splitlines()[-1]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipetutor", "scores", "--directory", tmp_path], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "pipetutor", "scores", tmp_path], capture_output=True, text=True)
     assert done.stdout.strip() == table and done.returncode == 0, done.stderr
 
 
