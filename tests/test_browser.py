@@ -617,7 +617,9 @@ def test_boards_are_seen_light_and_dark_large_and_small_and_without_a_script(pla
             page.goto(page_of.as_uri())
             for width in (1280, 400):
                 page.set_viewport_size({"width": width, "height": 900})
-                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                for each in page.get_by_role("region", name="Board").all():
+                    room = each.bounding_box()
+                    assert 0 <= room["x"] and room["x"] + room["width"] <= width
                 page.evaluate(DRAWN)
                 page.screenshot(path=SCREENSHOTS / f"board-{colours}-{width}.png", full_page=True)
             last = page.get_by_role("region", name="Board").nth(2)
@@ -664,7 +666,8 @@ def test_what_is_placed_in_jupyterlab_is_there_in_python(place):
         here = cell_of(page, 0).get_by_role("region", name="Board")
         expect(here).to_have_count(1, timeout=STARTED * 1000)  # not also as a page without a kernel has it
         here.get_by_role("gridcell", name="Here goes the next pass of rank 0").click()
-        page.keyboard.type("F0F1")
+        page.keyboard.type("b0f0f1")
+        expect(here.get_by_role("status")).to_have_text("F1 placed on rank 0.")
         page.keyboard.press("ArrowDown")
         page.keyboard.type("F0B0F1B1")
         page.keyboard.press("ArrowUp")
