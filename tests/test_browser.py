@@ -666,7 +666,7 @@ def test_what_is_placed_in_jupyterlab_is_there_in_python(place):
         here = cell_of(page, 0).get_by_role("region", name="Board")
         expect(here).to_have_count(1, timeout=STARTED * 1000)  # not also as a page without a kernel has it
         here.get_by_role("gridcell", name="Here goes the next pass of rank 0").click()
-        page.keyboard.type("b0f0f1")
+        page.keyboard.type("b0bf0f1")
         expect(here.get_by_role("status")).to_have_text("F1 placed on rank 0.")
         page.keyboard.press("ArrowDown")
         page.keyboard.type("F0B0F1B1")

@@ -487,9 +487,8 @@ class View {
       : [this.palette, this.say, this.info, tools(...moves, ...time), this.field, tools(...copies), keys];
     const title = game.name ? [element("p", { class: "pt-title" }, game.name)] : [];
     if (game.task) title.push(element("p", {}, game.task));
-    this.body = element("section", { class: "pt-board", "aria-label": game.name ? `Board: ${game.name}` : "Board",
-      "data-lm-suppress-shortcuts": "true" }, // JupyterLab's own keys: B would make a cell
-    element("style", {}, CSS), ...title, this.facts, this.scroll, ...parts);
+    this.body = element("section", { class: "pt-board", "aria-label": game.name ? `Board: ${game.name}` : "Board" },
+      element("style", {}, CSS), ...title, this.facts, this.scroll, ...parts);
     root.replaceChildren(this.body);
     this.body.addEventListener("keydown", (event) => this.anyKey(event));
     this.sizes = new ResizeObserver(() => this.draw());
@@ -683,8 +682,8 @@ class View {
       this.enter();
       return this.type(next[2]);
     }
+    if (!/^\d*[FBIW]?\d*$/.test(typed)) return this.type(typed.at(-1)); // another letter instead
     this.typed = typed;
-    if (!/^\d*[FBIW]?\d*$/.test(typed)) return this.type("");
     const digits = /[FBIW](\d+)$/.exec(typed)?.[1];
     if (digits === "0" || Number(digits) * 10 >= this.game.micro_batches) return this.enter();
     return this.tell(typed && `${typed}…${digits ? " Enter places it." : ""}`);
