@@ -619,7 +619,7 @@ def test_boards_are_seen_light_and_dark_large_and_small_and_without_a_script(pla
                 page.set_viewport_size({"width": width, "height": 900})
                 for each in page.get_by_role("region", name="Board").all():
                     room = each.bounding_box()
-                    assert 0 <= room["x"] and room["x"] + room["width"] <= width
+                    assert room["x"] >= 0 and room["x"] + room["width"] <= width
                 page.evaluate(DRAWN)
                 page.screenshot(path=SCREENSHOTS / f"board-{colours}-{width}.png", full_page=True)
             last = page.get_by_role("region", name="Board").nth(2)

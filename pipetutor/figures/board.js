@@ -213,7 +213,8 @@ export function play(game, rows, cost = costOf) {
   const played = rows.map(() => []);
   const done = new Map();
   const wires = new Map();
-  const lacking = (pass) => needs(game, pass).find((need) => !candidates(need, pass.batch).some((one) => done.has(idOf(one))));
+  const met = (need, batch) => candidates(need, batch).some((one) => done.has(idOf(one)));
+  const lacking = (pass) => needs(game, pass).find((need) => !met(need, pass.batch));
   for (let moved = true; moved; ) {
     moved = false;
     for (const [rank, row] of rows.entries()) {
@@ -298,8 +299,9 @@ export function verdict(game, rows, times = play(game, rows)) {
 }
 
 /** Rows with a pass more, one less, or one in another place of its rank's order. */
-export const inserted = (rows, rank, index, pass) => rows.map((row, r) => (r === rank ? row.toSpliced(index, 0, pass) : row));
-export const removed = (rows, rank, index) => rows.map((row, r) => (r === rank ? row.toSpliced(index, 1) : row));
+const exchanged = (rows, rank, row) => rows.map((old, at) => (at === rank ? row : old));
+export const inserted = (rows, rank, at, pass) => exchanged(rows, rank, rows[rank].toSpliced(at, 0, pass));
+export const removed = (rows, rank, at) => exchanged(rows, rank, rows[rank].toSpliced(at, 1));
 export const moved = (rows, rank, from, to) => inserted(removed(rows, rank, from), rank, to, rows[rank][from]);
 
 /** Read rows from a text and refuse them unless every pass on them can run. */
@@ -319,8 +321,10 @@ const PER_SECOND = 2; // slots that the cursor passes
 const CSS = `
 .pt-board { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --field: #f3f5f8; --here: #e3edfa;
   --accent: #0550ae; --bad: #a40e26; --good: #116329; color-scheme: light; box-sizing: border-box; max-width: 66rem;
-  margin: 0.5rem 0; padding: 0.75rem clamp(0.55rem, 2vw, 1rem); background: var(--page); color: var(--ink); border: 1px solid var(--line);
-  border-radius: 8px; font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
+  margin: 0.5rem 0; padding: 0.75rem clamp(0.55rem, 2vw, 1rem);
+  background: var(--page); color: var(--ink); border: 1px solid var(--line);
+  border-radius: 8px; font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans",
+  sans-serif; }
 @media screen and (prefers-color-scheme: dark) { .pt-board { --ink: #e6e9ed; --soft: #a5afba; --line: #3a424c;
   --page: #12161c; --field: #1a2028; --here: #1d2b3f; --accent: #80bbff; --bad: #ff9a93; --good: #6fdd8b; color-scheme: dark; } }
 @media screen { [data-jp-theme-light="true"] .pt-board { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff;
@@ -413,7 +417,8 @@ function shaded(colour, depth) {
 }
 
 // A texture for each of matplotlib's hatches that plots_timeline uses, on a tile of 6 by 6.
-const HATCHES = { ".": "M1.5 1.5h1v1h-1z M4.5 4.5h1v1h-1z", "/": "M-1 7L7 -1", "\\": "M-1 -1L7 7", x: "M0 0L6 6M6 0L0 6",
+const HATCHES = { ".": "M1.5 1.5h1v1h-1z M4.5 4.5h1v1h-1z", "/": "M-1 7L7 -1", "\\": "M-1 -1L7 7",
+  x: "M0 0L6 6M6 0L0 6",
   "+": "M3 0V6M0 3H6", "-": "M0 3H6" };
 let boards = 0; // on this page: ids of textures are the page's
 
@@ -450,15 +455,18 @@ class View {
 
   build() {
     const { game, root } = this;
-    const button = (words, act, label) => element("button", { type: "button", onclick: act, "aria-label": label }, words);
+    const button = (words, act, label) => element("button", { type: "button", onclick: act, "aria-label": label },
+      words);
     this.facts = element("div", { class: "pt-facts" });
-    this.grid = shape("svg", { role: "grid", "aria-label": this.fixed ? "What each rank did when" : "What each rank runs when",
+    this.grid = shape("svg", { role: "grid", "aria-label": this.fixed ? "What each rank did when"
+      : "What each rank runs when",
       "aria-readonly": this.fixed });
     this.memory = shape("svg", { role: "img" });
     const inform = (event) => this.inform(event);
     this.scroll = element("div", { class: "pt-scroll", onkeydown: (event) => this.key(event), onpointerover: inform,
       onfocusin: inform, onpointerdown: (event) => this.press(event) }, this.grid, this.memory);
-    this.palette = element("div", { class: "pt-palette", role: "toolbar", onkeydown: (event) => this.paletteKey(event) });
+    this.palette = element("div", { class: "pt-palette", role: "toolbar", onkeydown: (event) =>
+      this.paletteKey(event) });
     this.say = element("p", { class: "pt-say", role: "status" });
     this.info = element("p", { class: "pt-info" });
     this.player = button("▶ Play", () => this.playOrPause());
@@ -516,7 +524,8 @@ class View {
     this.draw();
     this.info.textContent = "Point at a gap, or go there with the arrow keys: here you read what the rank waits for.";
     if (this.fixed || this.say.textContent) return;
-    this.tell(missing(this.game, this.rows) ? "Choose a rank and one of its passes, or type a pass: F0." : verdict(this.game, this.rows));
+    this.tell(missing(this.game, this.rows) ? "Choose a rank and one of its passes, or type a pass: F0."
+      : verdict(this.game, this.rows));
   }
 
   sentence(refusal) {
@@ -661,7 +670,8 @@ class View {
     };
     if (steps[event.key]) {
       const [down, right] = steps[event.key];
-      if (event.altKey && right && here.type === "pass" && !this.fixed) this.shift(rank, here.index, here.index + right);
+      const moving = event.altKey && here.type === "pass" && !this.fixed;
+      if (moving && right) this.shift(rank, here.index, here.index + right);
       else if (right) this.go(rank, cell + right);
       else this.go(rank + down, null, here.begin);
     } else if (acts[event.key] && (!this.fixed || ["Home", "End"].includes(event.key))) {
@@ -766,7 +776,8 @@ class View {
   drag(event, rank, cell) {
     const begun = event.clientX;
     const others = this.cells[rank].filter((each) => each.type === "pass" && each.index !== cell.index);
-    const mark = shape("line", { class: "pt-caret", y1: HEAD + rank * ROW + 1, y2: HEAD + (rank + 1) * ROW - 1, visibility: "hidden" });
+    const mark = shape("line", { class: "pt-caret", y1: HEAD + rank * ROW + 1, y2: HEAD + (rank + 1) * ROW - 1,
+      visibility: "hidden" });
     this.grid.append(mark);
     let to = cell.index;
     const done = new AbortController();
@@ -838,12 +849,14 @@ class View {
       svg.querySelector(".pt-cursor")?.remove();
       if (this.time === null) continue;
       const x = LABEL + Math.min(this.time, this.end) * this.scale;
-      svg.append(shape("line", { class: "pt-cursor", x1: x, x2: x, y1: svg === this.grid ? 16 : 0, y2: svg.getAttribute("height") }));
+      svg.append(shape("line", { class: "pt-cursor", x1: x, x2: x, y1: svg === this.grid ? 16 : 0,
+        y2: svg.getAttribute("height") }));
     }
     this.slider.value = this.time ?? 0;
     const now = [];
     for (const [rank, row] of this.cells.entries()) {
-      const active = this.time === null ? null : row.find((cell) => cell.type !== "end" && cell.begin <= this.time + CLOSE && cell.end > this.time + CLOSE);
+      const active = this.time === null ? null : row.find((cell) => cell.type !== "end"
+        && cell.begin <= this.time + CLOSE && cell.end > this.time + CLOSE);
       for (const cell of row) cell.drawn?.classList.toggle("pt-now", cell === active && cell.type === "pass");
       now.push(`rank ${rank} ${active?.type === "pass" ? active.label || active.name : "waits"}`);
     }
@@ -881,7 +894,8 @@ class View {
         }
         const own = stagesOf(game, rank);
         const where = own.length > 1 || numbered(game) ? ` on stage ${pass.stage}` : "";
-        found.push({ type: "pass", begin: start, end, index, kind: pass.kind, look: LOOK[pass.kind], label: nameOf(game, pass),
+        found.push({ type: "pass", begin: start, end, index, kind: pass.kind, look: LOOK[pass.kind],
+          label: nameOf(game, pass),
           short: String(pass.batch), depth: depthOf(own, pass.stage),
           said: `${nameOf(game, pass)}, ${span(start, end)}: ${KINDS[pass.kind]} of micro-batch ${pass.batch}${where}` });
       }
@@ -906,7 +920,8 @@ class View {
       const of = batch < 0 ? "" : ` of micro-batch ${batch}, stage ${stage}`;
       const [low, high] = [Math.min(...lows.get(rank)), Math.max(...lows.get(rank))];
       if (end - begin - waiting > least) {
-        cells[rank].push({ type: "pass", begin: begin + waiting, end, kind, look, label, short: batch < 0 ? "" : String(batch), name,
+        cells[rank].push({ type: "pass", begin: begin + waiting, end, kind, look, label, short: batch < 0 ? ""
+          : String(batch), name,
           depth: depthOf([low, high], stage),
           said: `${name}${of}: ${slots(end - begin - waiting, game.unit)}, from ${number(begin + waiting)} to ${number(end)}` });
       }
@@ -932,14 +947,16 @@ class View {
     const shown = this.fixed ? end : Math.max(end + 1, (game.par ?? 0) + 1, 6);
     const labels = cells.flat().filter((each) => each.type === "pass");
     const longest = Math.max(2, ...labels.map((each) => each.label.length));
-    const shortest = this.fixed ? Infinity : Math.min(1, ...labels.map((each) => each.end - each.begin).filter((wide) => wide > CLOSE));
+    const lengths = labels.map((each) => each.end - each.begin).filter((length) => length > CLOSE);
+    const shortest = Math.min(1, ...lengths);
     const room = (width - LABEL - 4) / shown;
     this.scale = this.fixed ? room : Math.min(Math.max(room, (4 + longest * 8.3) / shortest), 52 / shortest);
     const wide = LABEL + shown * this.scale + 4;
     const x = (time) => LABEL + time * this.scale;
     const high = HEAD + game.ranks * ROW + 2;
     this.size(this.grid, wide, high);
-    this.grid.replaceChildren(this.textures(), this.axis(x, shown, high), ...cells.map((row, at) => this.drawRow(at, row, x, wide)));
+    this.grid.replaceChildren(this.textures(), this.axis(x, shown, high),
+      ...cells.map((row, at) => this.drawRow(at, row, x, wide)));
     if (game.par !== null && game.par !== undefined) {
       this.grid.append(shape("line", { class: "pt-par", x1: x(game.par), x2: x(game.par), y1: 4, y2: high }),
         shape("text", { class: "pt-soft", x: x(game.par) + 4, y: 14, "aria-hidden": "true" }, "par"));
@@ -968,7 +985,8 @@ class View {
   textures() {
     const made = Object.entries(this.game.looks).filter(([, look]) => look[1]).map(([name, [, hatch]]) =>
       shape("pattern", { id: this.texture(name), width: 6, height: 6, patternUnits: "userSpaceOnUse" },
-        shape("path", { d: HATCHES[hatch[0]], stroke: hatch[0] === "." ? "none" : "#ffffff", fill: hatch[0] === "." ? "#7a7000" : "none" })));
+        shape("path", { d: HATCHES[hatch[0]], stroke: hatch[0] === "." ? "none" : "#ffffff", fill: hatch[0] === "."
+          ? "#7a7000" : "none" })));
     return shape("defs", {}, ...made);
   }
 
@@ -979,13 +997,15 @@ class View {
   axis(x, shown, high) {
     const { game } = this;
     const made = shape("g", { "aria-hidden": "true" });
-    const step = this.fixed ? 10 ** Math.floor(Math.log10(shown / 3 || 1)) * (shown / 10 ** Math.floor(Math.log10(shown / 3 || 1)) > 12 ? 5 : 1) : 1;
+    const round = 10 ** Math.floor(Math.log10(shown / 3 || 1));
+    const step = !this.fixed ? 1 : shown / round > 12 ? 5 * round : round;
     for (let time = 0; time <= shown + CLOSE; time += step) {
       made.append(shape("line", { class: "pt-grid", x1: x(time), x2: x(time), y1: HEAD - 3, y2: high }));
       const label = this.fixed ? number(time) : String(time + 1);
       const skip = !this.fixed && ((this.scale < 18 && (time + 1) % 5) || time === game.par);
       if ((this.fixed || time < shown - 0.5) && !skip) {
-        made.append(shape("text", { class: "pt-soft", x: x(time + (this.fixed ? 0 : 0.5)), y: 14, "text-anchor": "middle" }, label));
+        made.append(shape("text", { class: "pt-soft", x: x(time + (this.fixed ? 0 : 0.5)), y: 14,
+          "text-anchor": "middle" }, label));
       }
     }
     made.append(shape("text", { class: "pt-soft", x: 0, y: 14 }, this.fixed ? game.unit : "slot"));
@@ -996,11 +1016,13 @@ class View {
     const top = HEAD + rank * ROW;
     const row = shape("g", { role: "row", "data-rank": rank, "aria-label": `rank ${rank}`,
       "aria-selected": this.fixed ? null : rank === this.at.rank });
-    row.append(shape("rect", { class: "pt-ground", x: LABEL, y: top + 3, width: wide - LABEL - 2, height: ROW - 6, rx: 4 }),
+    row.append(shape("rect", { class: "pt-ground", x: LABEL, y: top + 3, width: wide - LABEL - 2, height: ROW - 6,
+      rx: 4 }),
       shape("g", { role: "rowheader" }, shape("text", { x: 0, y: top + ROW / 2 + 5 }, `rank ${rank}`)));
     cells.forEach((cell, place) => {
       const here = rank === this.at.rank && place === this.spot();
-      const drawn = shape("g", { class: `pt-cell ${cell.type === "pass" && !this.fixed ? "pt-pass" : ""}`, role: "gridcell", tabindex: here ? 0 : -1, "data-cell": `${rank},${place}`,
+      const drawn = shape("g", { class: `pt-cell ${cell.type === "pass" && !this.fixed ? "pt-pass" : ""}`,
+        role: "gridcell", tabindex: here ? 0 : -1, "data-cell": `${rank},${place}`,
         "aria-label": cell.said });
       const left = x(cell.begin);
       const width = Math.max((cell.end - cell.begin) * this.scale, 1);
@@ -1055,12 +1077,15 @@ class View {
     for (const [rank, each] of steps.entries()) {
       const floor = 20 + (rank + 1) * STRIP - 6;
       const unit = (STRIP - 10) / most;
-      const line = each.map(([time, held], at) => `${at ? "L" : "M"}${x(time)} ${floor - (each[at - 1]?.[1] ?? 0) * unit}L${x(time)} ${floor - held * unit}`);
-      drawn.push(shape("path", { class: "pt-held", d: `${line.join("")}L${x(end)} ${floor - each.at(-1)[1] * unit}L${x(end)} ${floor}L${x(0)} ${floor}Z` }),
+      const line = each.map(([time, held], at) =>
+        `${at ? "L" : "M"}${x(time)} ${floor - (each[at - 1]?.[1] ?? 0) * unit}L${x(time)} ${floor - held * unit}`);
+      drawn.push(shape("path", { class: "pt-held",
+        d: `${line.join("")}L${x(end)} ${floor - each.at(-1)[1] * unit}L${x(end)} ${floor}L${x(0)} ${floor}Z` }),
         shape("line", { class: "pt-grid", x1: LABEL, x2: wide - 2, y1: floor, y2: floor }),
         shape("text", { x: 0, y: floor - 4 }, `rank ${rank}`),
         shape("text", { x: LABEL - 6, y: floor - 4, "text-anchor": "end", "font-weight": 650 }, String(peaks[rank])));
-      if (cap !== null) drawn.push(shape("line", { class: "pt-cap", x1: LABEL, x2: wide - 2, y1: floor - cap * unit, y2: floor - cap * unit }));
+      if (cap !== null) drawn.push(shape("line", { class: "pt-cap", x1: LABEL, x2: wide - 2, y1: floor - cap * unit,
+        y2: floor - cap * unit }));
     }
     this.memory.replaceChildren(...drawn);
   }
@@ -1069,11 +1094,14 @@ class View {
     const { game } = this;
     const fact = (name, value) => element("span", {}, `${name}: `, element("b", {}, value));
     const facts = [];
-    if (this.fixed) facts.push(fact("step", slots(game.seconds, game.unit)), fact("bubble", `${number(game.bubble * 100)} %`));
-    else {
+    const share = (bubble) => `${number(bubble * 100)} %`;
+    if (this.fixed) {
+      facts.push(fact("step", slots(game.seconds, game.unit)), fact("bubble", share(game.bubble)));
+    } else {
       const left = missing(game, this.rows);
       facts.push(fact("to place", left ? String(left) : "none"), fact("slots", number(times.slots)),
-        fact("bubble", whole ? `${number(times.bubble * 100)} %` : "–"), fact("most in flight", String(Math.max(...times.peaks))));
+        fact("bubble", whole ? share(times.bubble) : "–"),
+        fact("most in flight", String(Math.max(...times.peaks))));
       if (game.par !== null) facts.push(fact("par", slots(game.par)));
       if (game.cap !== null) facts.push(fact("in flight allowed", String(game.cap)));
     }
@@ -1084,7 +1112,8 @@ class View {
     for (const [name, [colour, hatch]] of Object.entries(this.game.looks)) {
       if (!used.has(name)) continue;
       const box = { x: 0.5, y: 0.5, width: 21, height: 13, rx: 3 };
-      const sample = shape("svg", { width: 22, height: 14, "aria-hidden": "true" }, shape("rect", { ...box, fill: colour }));
+      const sample = shape("svg", { width: 22, height: 14, "aria-hidden": "true" },
+        shape("rect", { ...box, fill: colour }));
       if (hatch) sample.append(shape("rect", { ...box, fill: `url(#${this.texture(name)})` }));
       this.legend.append(element("span", {}, sample, name));
     }
@@ -1109,15 +1138,18 @@ class View {
         const later = !done && problem(game, inserted(rows, rank, index, pass)) !== null;
         const name = nameOf(game, pass);
         const { paint, ink } = shaded(game.looks[LOOK[kind]][0], depthOf(stages, stage));
-        line.append(element("button", { type: "button", class: `pt-chip ${done ? "pt-done" : later ? "pt-later" : ""}`, tabindex: -1,
+        line.append(element("button", { type: "button",
+          class: `pt-chip ${done ? "pt-done" : later ? "pt-later" : ""}`, tabindex: -1,
           "data-pass": idOf(pass), "aria-label": `${name}${done ? ", placed" : later ? ", not yet" : ""}`,
-          style: done || later ? null : `background: ${paint}; color: ${ink}`, onclick: () => this.insert(pass) }, name));
+          style: done || later ? null : `background: ${paint}; color: ${ink}`, onclick: () => this.insert(pass) },
+        name));
       }
       return line;
     })));
     this.palette.replaceChildren(element("span", { "aria-hidden": "true" }, `Passes of rank ${rank}`), ...blocks);
     const chips = [...this.palette.querySelectorAll("button")];
-    const here = chips.find((chip) => chip.dataset.pass === focused) ?? chips.find((chip) => chip.className === "pt-chip ") ?? chips[0];
+    const ready = chips.find((chip) => chip.className === "pt-chip ");
+    const here = chips.find((chip) => chip.dataset.pass === focused) ?? ready ?? chips[0];
     here.tabIndex = 0;
     if (focused) here.focus();
   }
