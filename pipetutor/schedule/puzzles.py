@@ -109,8 +109,8 @@ PUZZLES = {
         ),
         Puzzle(
             "a V",
-            "The model goes down the ranks and comes up again: rank 0 holds stages 0 and 3, rank 1 holds 1 and 2. Each "
-            "pass takes one slot. Finish four micro-batches in 18, with at most four in flight on a rank.",
+            "The model goes down the ranks and comes up again: rank 0 holds stages 0 and 3, rank 1 holds 1 and 2. "
+            "Each pass takes one slot. Finish four micro-batches in 18, with at most four in flight on a rank.",
             micro_batches=4,
             placement=(0, 1, 1, 0),
             costs=_slots([1.0] * 4),
