@@ -108,6 +108,16 @@ PUZZLES = {
             par=18,
         ),
         Puzzle(
+            "a V",
+            "The model goes down the ranks and comes up again: rank 0 holds stages 0 and 3, rank 1 holds 1 and 2. "
+            "Each pass takes one slot. Finish four micro-batches in 18, with at most four in flight on a rank.",
+            micro_batches=4,
+            placement=(0, 1, 1, 0),
+            costs=_slots([1.0] * 4),
+            par=18,
+            cap=4,
+        ),
+        Puzzle(
             "beat 1F1B",
             "A backward pass may be split: I makes the gradient of the stage's input, W that of its weights, one "
             "slot each. 1F1B takes 21 slots for five micro-batches on three ranks. Take 17, with no more than its "

@@ -200,6 +200,10 @@ SOLUTIONS = {
     "twelve slots": build("gpipe", 3, 4),
     "three in flight": build("1f1b", 3, 4),
     "two chunks": build("interleaved_1f1b", 2, 4, chunks=2),
+    "a V": """
+        0F0 0F1 0F2 3F0 3B0 3F1 3B1 0B0 0F3 0B1 3F2 3B2 3F3 3B3 0B2 0B3
+        1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1 1F2 2F2 1F3 2F3 2B2 1B2 2B3 1B3
+    """,
     "beat 1F1B": build("zero_bubble", 3, 5),
     "a slow link": "F0 F1 F2 F3 B0 B1 B2 B3 / F0 F1 F2 F3 B0 B1 B2 B3 / F0 B0 F1 B1 F2 B2 F3 B3",
 }

@@ -11,6 +11,10 @@ SOLUTIONS = {
     "twelve slots": GPIPE,
     "three in flight": build("1f1b", 3, 4),
     "two chunks": build("interleaved_1f1b", 2, 4, chunks=2),
+    "a V": """
+        0F0 0F1 0F2 3F0 3B0 3F1 3B1 0B0 0F3 0B1 3F2 3B2 3F3 3B3 0B2 0B3
+        1F0 2F0 1F1 2F1 2B0 1B0 2B1 1B1 1F2 2F2 1F3 2F3 2B2 1B2 2B3 1B3
+    """,
     "beat 1F1B": build("zero_bubble", 3, 5),
     "a slow stage": """
         F0 F1 B0 F2 B1 F3 B2 B3
@@ -61,6 +65,8 @@ def test_the_numbers_of_the_tasks_are_those_of_known_schedules(name):
         ("twelve slots", build("gpipe", 2, 4), ["on the ranks (0, 1), and should be on (0, 1, 2)"]),
         ("two chunks", build("gpipe", 2, 4), ["(0, 1), and should be on (0, 1, 0, 1)"]),
         ("twelve slots", build("zero_bubble", 3, 4), ["splits backward passes"]),
+        ("a V", build("zbv", 2, 4), ["splits backward passes"]),
+        ("a V", build("interleaved_1f1b", 2, 4, chunks=2), ["(0, 1, 0, 1), and should be on (0, 1, 1, 0)"]),
     ],
 )
 def test_what_is_no_answer_is_told(name, schedule, words):
