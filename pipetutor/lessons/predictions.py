@@ -51,7 +51,7 @@ class _Question:
         """What can be typed, in words."""
         if self.choices:
             return " or ".join([", ".join(map(repr, self.choices[:-1])), repr(self.choices[-1])])
-        return "one such as 0.2, for 20 %" if self.unit == "%" else "one such as 3"
+        return "a number such as 0.2, for 20 %" if self.unit == "%" else "a number such as 3"
 
     def written(self, value: Any) -> str:
         """Write a value with its unit."""
@@ -80,11 +80,11 @@ def predict(name: str, value: Any = None, unit: str = "", choices: Sequence[Any]
         choices: what can be answered, where it is no number.
 
     >>> predict("losses", choices=["equal", "close", "different"])
-    losses: your prediction in the place of None? 'equal', 'close' or 'different'
+    losses: what do you expect? In the place of None, type 'equal', 'close' or 'different'
     >>> predict("bubble", 0.2, unit="%")
     bubble: you say 20 %
     >>> predict("bubble", "a fifth", unit="%")
-    bubble: 'a fifth' is no number: type one such as 0.2, for 20 %; nothing is noted
+    bubble: 'a fifth' is no number: type a number such as 0.2, for 20 %; nothing is noted
     """
     question = _Question(unit, choices)
     before = _asked.get(name)
@@ -92,7 +92,7 @@ def predict(name: str, value: Any = None, unit: str = "", choices: Sequence[Any]
         question.right = before.right  # the first one counts
     _asked[name] = question
     if value is None:
-        print(f"{name}: your prediction in the place of None? {question.allowed}")
+        print(f"{name}: what do you expect? In the place of None, type {question.allowed}")
         return
     try:
         question.value = question.read(value)

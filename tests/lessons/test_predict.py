@@ -61,9 +61,9 @@ def test_a_choice_is_right_or_not(said):
 
 def test_nobody_need_predict(said):
     predict("bubble", unit="%")
-    assert said() == "bubble: your prediction in the place of None? one such as 0.2, for 20 %"
+    assert said() == "bubble: what do you expect? In the place of None, type a number such as 0.2, for 20 %"
     predict("losses", None, choices=["equal", "close"])
-    assert said() == "losses: your prediction in the place of None? 'equal' or 'close'"
+    assert said() == "losses: what do you expect? In the place of None, type 'equal' or 'close'"
     answer("bubble", 0.3)
     answer("losses", "equal")
     answer("never asked", 1)
@@ -78,7 +78,7 @@ def test_nobody_need_predict(said):
 def test_what_is_no_number_is_said_in_a_line_and_left_out(bad, said):
     predict("bubble", bad, unit="%")
     words = said()
-    assert "is no number: type one such as 0.2, for 20 %; nothing is noted" in words and "\n" not in words
+    assert "is no number: type a number such as 0.2, for 20 %; nothing is noted" in words and "\n" not in words
     answer("bubble", 0.3)
     assert said() == "" and predicted("bubble") is None
 
