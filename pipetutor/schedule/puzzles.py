@@ -165,7 +165,7 @@ def grade(puzzle: Puzzle, schedule: Any) -> Score:
     >>> print(grade(PUZZLES["twelve slots"], 3 * ["F0 B0 F1 B1 F2 B2 F3 B3"]))
     24 slots, of which a rank waits 67%, with at most 1 in flight: 12 are possible
     """
-    if schedule == "":
+    if isinstance(schedule, str) and not schedule.strip(" .\n"):
         return Score(None, None, None, False, "nothing is placed yet")
     try:
         streams = streams_of(schedule, puzzle.ranks, puzzle.micro_batches)

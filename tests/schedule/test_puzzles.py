@@ -60,6 +60,8 @@ def test_the_numbers_of_the_tasks_are_those_of_known_schedules(name):
     ("name", "schedule", "words"),
     [
         ("twelve slots", "F0 B1 / F0 / F0", ["rank 0 never runs BackwardPass 0"]),
+        ("twelve slots", "", ["nothing is placed yet"]),
+        ("twelve slots", ".\n.\n.", ["nothing is placed yet"]),
         ("twelve slots", "nothing", ["'nothing' is no pass"]),
         ("twelve slots", build("gpipe", 3, 5), ["it has 5, and 4 are wanted"]),
         ("twelve slots", build("gpipe", 2, 4), ["on the ranks (0, 1), and should be on (0, 1, 2)"]),
