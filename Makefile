@@ -6,7 +6,7 @@ READY := $(VENV)/.pipetutor-ready
 # Which notebooks make run and make smoke execute: all, or make run NOTEBOOKS="00_first_pipeline 06_schedules"
 NOTEBOOKS ?=
 # The files of tests that make other-kernels runs
-NUMBERS := certify/test_certify certify/test_own core/test_accumulate core/test_checkpoint core/test_clipping core/test_dropout \
+NUMBERS := certify/test_certify certify/test_own_engine core/test_accumulate core/test_checkpoint core/test_clipping core/test_dropout \
 	core/test_evaluate core/test_model core/test_play core/test_recompute core/test_torch_engine costs/test_memory \
 	data/test_data test_schedules test_train
 # Debian's packages for make clusters

@@ -706,25 +706,25 @@ ENGINE = [
         "certify/own.py",
         'SEED + 1 if case.control == "weights"',
         'SEED if case.control == "weights"',
-        "certify/test_own.py::test_a_right_engine_passes_and_its_controls_are_found_out",
+        "certify/test_own_engine.py::test_a_right_engine_passes_and_its_controls_are_found_out",
     ),
     Mutation(
         "certify/own.py",
         "losses.append(_number(loss) if rank == ranks - 1 else wanted[step])",
         "losses.append(wanted[step])",
-        "certify/test_own.py::test_a_wrong_engine_is_told_why",
+        "certify/test_own_engine.py::test_a_wrong_engine_is_told_why",
     ),
     Mutation(
         "certify/own.py",
         "if kept > most:",
         "if kept > case.micro_batches:",
-        "certify/test_own.py::test_a_wrong_engine_is_told_why",
+        "certify/test_own_engine.py::test_a_wrong_engine_is_told_why",
     ),
     Mutation(
         "certify/own.py",
         'rank["most_alive"] > most + 1',
         'rank["most_alive"] > most + 9',
-        "certify/test_own.py::test_a_wrong_engine_is_told_why",
+        "certify/test_own_engine.py::test_a_wrong_engine_is_told_why",
     ),
 ]
 MUTATIONS = [*CORE, *SCHEDULE, *AROUND, *HOSTS, *PLANNER, *BOARD, *ENGINE]

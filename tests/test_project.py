@@ -266,3 +266,9 @@ def test_the_map_of_the_course_is_up_to_date(page):
     assert text == course.with_map(text, course.PAGES[page]), "make map"
     for lesson in course.lessons():
         assert lesson.title in text and lesson.promise in text and lesson.path.name in text
+
+
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
