@@ -17,7 +17,7 @@ from pipetutor.schedule.rules import LETTERS, ScheduleError, check
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.timeline import CODE, KINDS, Timeline
 
-__all__ = ["Faster", "costs_of", "faster", "streams_of"]
+__all__ = ["Faster", "costs_of", "faster", "streams_in"]
 
 
 class Faster(NamedTuple):
@@ -73,7 +73,7 @@ def faster(timeline: Timeline, share: float = 0.1, costs: Costs | None = None) -
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}: give the part of a stage's time that is saved, such as 0.1 for 10 %")
-    costs, streams = costs or costs_of(timeline), streams_of(timeline)
+    costs, streams = costs or costs_of(timeline), streams_in(timeline)
     before = simulate(streams, costs).seconds
 
     def after(stage: int) -> float:
@@ -87,7 +87,7 @@ def faster(timeline: Timeline, share: float = 0.1, costs: Costs | None = None) -
     return [Faster(stage, share, before, after(stage)) for stage in range(len(costs.forward))]
 
 
-def streams_of(timeline: Timeline) -> list[list[Instruction]]:
+def streams_in(timeline: Timeline) -> list[list[Instruction]]:
     """Return what each rank did in which order, as streams that can be checked and simulated.
 
     Where sends and receives meet, as DeepSpeed's do, they are full streams; else compute streams. What the rules do
@@ -95,7 +95,7 @@ def streams_of(timeline: Timeline) -> list[list[Instruction]]:
 
     >>> from pipetutor.schedule.orders import build
     >>> streams = build("1f1b", 4, 8)
-    >>> streams_of(simulate(streams, Costs.equal(4))) == streams
+    >>> streams_in(simulate(streams, Costs.equal(4))) == streams
     True
     """
     spans = timeline.spans[timeline.spans["replica"] == timeline.spans["replica"].min()]

@@ -13,7 +13,7 @@ from pipetutor.schedule.orders import build, deepspeed_1f1b
 from pipetutor.schedule.rules import ScheduleError
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.timeline import CODE, SPAN, Timeline
-from pipetutor.schedule.whatif import costs_of, faster, streams_of
+from pipetutor.schedule.whatif import costs_of, faster, streams_in
 from pipetutor.tracing import trace
 
 
@@ -25,7 +25,7 @@ def test_the_examples_of_its_documentation():
 @given(cases())
 def test_a_simulated_timeline_gives_its_streams_back(case):
     streams, costs = case
-    assert streams_of(simulate(streams, costs)) == streams
+    assert streams_in(simulate(streams, costs)) == streams
 
 
 @pytest.mark.parametrize("streams", [build("gpipe", 3, 4), build("zero_bubble", 3, 4), full(3, 4)])
@@ -98,7 +98,7 @@ def test_a_real_run_is_played_anew_in_its_own_order(runs, flags, replicas):
     def passes(streams):
         return [[each for each in stream if each.micro_batch is not None] for stream in streams]
 
-    assert passes(streams_of(timeline)) == passes(expected)
+    assert passes(streams_in(timeline)) == passes(expected)
     answers = faster(timeline)
     assert [each.stage for each in answers] == list(range(stages))
     assert all(each.after <= each.before for each in answers)
