@@ -172,6 +172,8 @@ def _read_schedule(path: Path) -> str:
     try:
         return path.read_text()
     except FileNotFoundError:
+        if path.suffix:
+            raise ValueError(f"schedule: there is no file {path}; give one that is there, or a text") from None
         close = closest(str(path), list(SCHEDULES), 0.4) or next(iter(SCHEDULES))
         raise ValueError(
             f"unknown schedule {str(path)!r}, and no file: try {close!r} (there is {', '.join(SCHEDULES)}), or write "

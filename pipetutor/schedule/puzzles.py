@@ -162,9 +162,14 @@ def grade(puzzle: Puzzle, schedule: Any) -> Score:
     Returns:
         The score; that of a schedule that does not run has the reason alone.
 
+    Raises:
+        ValueError: that is no puzzle.
+
     >>> print(grade(PUZZLES["twelve slots"], 3 * ["F0 B0 F1 B1 F2 B2 F3 B3"]))
     24 slots, of which a rank waits 67%, with at most 1 in flight: 12 are possible
     """
+    if not isinstance(puzzle, Puzzle):
+        raise ValueError(f"grade({puzzle!r:.40}, ...): give a puzzle, such as PUZZLES['twelve slots']")
     if isinstance(schedule, str) and not schedule.strip(" .\n"):
         return Score(None, None, None, False, "nothing is placed yet")
     try:
@@ -178,7 +183,12 @@ def grade(puzzle: Puzzle, schedule: Any) -> Score:
     if micro_batches != puzzle.micro_batches:
         reason = f"micro-batches: it has {micro_batches}, and {puzzle.micro_batches} are wanted"
     elif placement(streams) != puzzle.placement:
-        reason = f"stages are on the ranks {placement(streams)}, and should be on {puzzle.placement}"
+        found, wanted = placement(streams), puzzle.placement
+        stage = next(s for s in range(len(wanted)) if found[s : s + 1] != wanted[s : s + 1])
+        reason = (
+            f"the ranks of its stages are {found}, and should be {wanted}: {stage}F0, say, is a pass on stage {stage} "
+            f"and belongs to the row of rank {wanted[stage]}"
+        )
     elif not puzzle.split and any(instruction.name == "BackwardInput" for instruction in passes):
         reason = "it splits backward passes, and here they are whole: B, not I and W"
     if reason:

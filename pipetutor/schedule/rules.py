@@ -263,7 +263,9 @@ def check(streams: Sequence[Sequence[Instruction]]) -> None:
     """
     form = _form(streams)
     if not form.micro_batches:
-        raise ScheduleError(f"{len(streams)} streams without a pass of any micro-batch: add ForwardPass 0")
+        raise ScheduleError(
+            f"no pass is placed yet, in none of {len(streams)} streams: begin with ForwardPass 0 of stage 0, F0"
+        )
     for rank, stream in enumerate(streams):
         _check_rank(form, rank, stream)
     for _ in _slots(form, streams):

@@ -29,7 +29,8 @@ def parse(text: str) -> list[list[Instruction]]:
     of the row, 0 in the first. A rank holds the stages that stand in its row. Between passes there are blanks or
     commas; a dot or an empty cell is a slot of waiting, and need not be there, for a pass begins as soon as it can.
     A ``B`` with a ``W`` of the same micro-batch and stage in its row is the half, as ``rules.picture`` draws it.
-    ``(0F1;1B0)OVERLAP_F_B``, as torch writes two passes at once, is the one and then the other.
+    ``(0F1;1B0)OVERLAP_F_B``, as torch writes two passes at once, is the one and then the other. Small
+    letters do as well.
 
     Args:
         text: rows, ended by line breaks or by "/". A row may begin with ``rank 0:``.
@@ -57,7 +58,7 @@ def _stream(rank: int, row: str) -> list[Instruction]:
     for word in re.split(r"[\s,;|]+", words):
         if not word.strip("."):
             continue
-        found = PASS.fullmatch(word)
+        found = PASS.fullmatch(word.upper())
         if not found:
             raise ScheduleError(
                 f"rank {rank}: {word[:40]!r} is no pass: write F0, B0, I0 or W0 (forward, backward, the halves of a "

@@ -297,7 +297,7 @@ def test_a_deadlock_of_compute_streams_names_every_stuck_rank():
 
 def test_streams_without_a_pass_are_refused():
     for streams in ([], [[]], [[Instruction("OptimizerStep", 0, None)]]):
-        with pytest.raises(ScheduleError, match="streams without a pass"):
+        with pytest.raises(ScheduleError, match="no pass is placed yet"):
             check(streams)
 
 

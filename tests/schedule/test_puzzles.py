@@ -64,13 +64,26 @@ def test_the_numbers_of_the_tasks_are_those_of_known_schedules(name):
         ("twelve slots", ".\n.\n.", ["nothing is placed yet"]),
         ("twelve slots", "nothing", ["'nothing' is no pass"]),
         ("twelve slots", build("gpipe", 3, 5), ["it has 5, and 4 are wanted"]),
-        ("twelve slots", build("gpipe", 2, 4), ["on the ranks (0, 1), and should be on (0, 1, 2)"]),
-        ("two chunks", build("gpipe", 2, 4), ["(0, 1), and should be on (0, 1, 0, 1)"]),
+        (
+            "twelve slots",
+            build("gpipe", 2, 4),
+            ["are (0, 1), and should be (0, 1, 2)", "2F0, say, is a pass on stage 2", "row of rank 2"],
+        ),
+        ("two chunks", build("gpipe", 2, 4), ["are (0, 1), and should be (0, 1, 0, 1)", "2F0, say", "row of rank 0"]),
         ("twelve slots", build("zero_bubble", 3, 4), ["splits backward passes"]),
         ("a V", build("zbv", 2, 4), ["splits backward passes"]),
-        ("a V", build("interleaved_1f1b", 2, 4, chunks=2), ["(0, 1, 0, 1), and should be on (0, 1, 1, 0)"]),
+        (
+            "a V",
+            build("interleaved_1f1b", 2, 4, chunks=2),
+            ["are (0, 1, 0, 1), and should be (0, 1, 1, 0)", "row of rank 1"],
+        ),
     ],
 )
 def test_what_is_no_answer_is_told(name, schedule, words):
     score = grade(PUZZLES[name], schedule)
     assert not score.solved and score.slots is None and all(word in str(score) for word in words)
+
+
+def test_only_a_puzzle_is_graded():
+    with pytest.raises(ValueError, match="give a puzzle, such as PUZZLES"):
+        grade("twelve slots", GPIPE)

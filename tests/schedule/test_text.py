@@ -39,7 +39,7 @@ def test_words_by_hand():
         [Instruction("ForwardPass", 0, 0), Instruction("ForwardPass", 2, 0), Instruction("BackwardInput", 2, 0)],
         [Instruction("ForwardPass", 1, 0), Instruction("BackwardPass", 1, 0)],
     ]
-    for written in ("F0 2F0 . 2I0\nF0 B0", "rank 0: 0F0 . . 2F0,2I0 / 1: F0 ;B0", ",0F0,2F0,,2I0\r\n1F0,1B0,,\r\n\n"):
+    for written in ("F0 2F0 . 2I0\nF0 B0", "rank 0: 0F0 . . 2f0,2i0 / 1: f0 ;B0", ",0F0,2F0,,2I0\r\n1F0,1B0,,\r\n\n"):
         assert passes(text.parse(written)) == wanted
     assert passes(text.parse("0F1,(0F2;1B0)OVERLAP_F_B"))[0] == passes(text.parse("0F1 0F2 1B0"))[0]
     assert [i.name for i in text.parse("F0 B0 F1 B1 W0")[0]][1::2][:2] == ["BackwardInput", "BackwardPass"]
