@@ -186,7 +186,7 @@ def grade(puzzle: Puzzle, schedule: Any) -> Score:
         found, wanted = placement(streams), puzzle.placement
         stage = next(s for s in range(len(wanted)) if found[s : s + 1] != wanted[s : s + 1])
         reason = (
-            f"the ranks of its stages are {found}, and should be {wanted}: {stage}F0, say, is a pass on stage {stage} "
+            f"the ranks of its stages are {found}, and should be {wanted}: {stage}F0, say, is on stage {stage} "
             f"and belongs to the row of rank {wanted[stage]}"
         )
     elif not puzzle.split and any(instruction.name == "BackwardInput" for instruction in passes):

@@ -67,7 +67,7 @@ def test_the_numbers_of_the_tasks_are_those_of_known_schedules(name):
         (
             "twelve slots",
             build("gpipe", 2, 4),
-            ["are (0, 1), and should be (0, 1, 2)", "2F0, say, is a pass on stage 2", "row of rank 2"],
+            ["are (0, 1), and should be (0, 1, 2)", "2F0, say, is on stage 2", "row of rank 2"],
         ),
         ("two chunks", build("gpipe", 2, 4), ["are (0, 1), and should be (0, 1, 0, 1)", "2F0, say", "row of rank 0"]),
         ("twelve slots", build("zero_bubble", 3, 4), ["splits backward passes"]),
