@@ -520,6 +520,60 @@ def test_a_schedule_is_placed_by_mouse_and_a_link_carries_it_to_another_page(pla
         assert all(url.startswith("file:") for url in asked), asked
 
 
+def test_a_newcomer_sees_what_to_click_and_what_is_done(place):
+    late = "F0 F1 F2 F3 B0 B1 B2 / F0 F1 F2 F3 B0 B1 B2 B3 / F0 F1 F2 F3 B0 B1 B2 B3"
+    page_of, _ = pages_with(place, board(THREE, start=late), board(PUZZLES["two chunks"]))
+    with browser(place) as page:
+        page.goto(page_of.as_uri())
+        here = page.get_by_role("region", name="Board: Twelve slots")
+        numbers = here.locator("svg[role=grid] text.pt-soft").all_text_contents()
+        assert numbers == [*map(str, range(1, 14)), "slot", "par"]
+        for each in page.locator(".pt-board").all():
+            grid, room = (each.locator(what).bounding_box()["width"] for what in ("svg[role=grid]", ".pt-scroll"))
+            assert room - 1 <= grid <= room + 1, "the grid uses the width"
+
+        info = here.locator(".pt-info")
+        name = here.get_by_role("rowheader", name="rank 0")
+        assert name.evaluate("name => getComputedStyle(name).cursor") == "pointer"
+        here.get_by_role("rowheader", name="rank 1").click()
+        expect(here.get_by_role("toolbar", name="Passes of rank 1")).to_have_count(1)
+        expect(info).to_have_text("All passes of rank 1 are placed; another rank's are not")
+        name.click()
+        chosen = here.get_by_role("row", name="rank 0", selected=True).locator(".pt-name")
+        other = here.locator('[data-rank="1"] .pt-name')
+        paints = [each.evaluate("name => getComputedStyle(name).fill") for each in (chosen, other)]
+        assert paints[0] != paints[1], "the name of the rank that is chosen stands out"
+        expect(info).to_have_text("Here goes the next pass of rank 0")
+        page.mouse.move(0, 0)
+        here.get_by_role("button", name="B3").click()
+        expect(info).to_have_text("Rank 0 ends here, and no rank later")
+
+        chunks = page.get_by_role("region", name="Board: Two chunks")
+        expect(chunks.get_by_role("status")).to_contain_text("or type a pass: 0F0.")
+        chunks.get_by_text("Keys", exact=True).click()
+        expect(chunks.locator(".pt-keys")).to_contain_text("0F0 0B0: place that pass where you are")
+        chunks.get_by_role("rowheader", name="rank 0").click()
+        page.keyboard.type("0F0")
+        expect(chunks.get_by_role("status")).to_have_text("0F0 placed on rank 0.")
+
+
+def test_a_link_to_a_board_that_is_not_there_is_told_of(place):
+    timeline = board(simulate(build("1f1b", 2, 2), Costs.equal(2)), unit="slots")
+    page_of, _ = pages_with(place, timeline, board(THREE), board(ranks=2, micro_batches=2))
+    with browser(place) as page:
+        page.goto(f"{page_of.as_uri()}#board=nope:F0/.")
+        said = [page.get_by_role("region", name="Board").nth(number).get_by_role("status") for number in (1, 2)]
+        expect(said[0]).to_have_text("The link is for a board that is not on this page.")
+        expect(said[0]).to_be_in_viewport()
+        expect(said[1]).to_contain_text("Choose a rank")
+        page.goto(f"{page_of.as_uri()}#board=2x2:F0/.")  # as one follows a link within the page
+        expect(said[1]).to_have_text("The text is placed.")
+        page.goto(f"{page_of.as_uri()}#board=2x2:F0/%E0")
+        expect(said[1]).to_contain_text('"%E0" is no pass')
+        page.goto(f"{page_of.as_uri()}#board=nope")
+        expect(said[0]).to_have_text("The link is for a board that is not on this page.")
+
+
 def test_a_schedule_is_placed_without_a_mouse(place):
     page_of, _ = pages_with(place, board(THREE))
     with browser(place) as page:

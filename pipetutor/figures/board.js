@@ -15,6 +15,7 @@ export const KINDS = { F: "forward pass", B: "backward pass", I: "input half of 
   W: "weight half of a backward pass" };
 const GRADIENT = ["B", "I"]; // either makes the gradient that the stage before waits for
 const PASS = /^(\d{0,6})([FBIW])(\d{1,6})$/;
+const LINK = /^#board=([^:]*):?(.*)$/;
 const CLOSE = 1e-9; // of times: sums of fractions differ by less
 
 /** Why a move or a text is refused, in a sentence. */
@@ -27,6 +28,9 @@ const stagesOf = (game, rank) => game.placement.flatMap((holder, stage) => (hold
 /** The name of a pass, as the text has it: with its stage, where rank r does not hold stage r alone. */
 export const nameOf = (game, pass) => `${numbered(game) ? pass.stage : ""}${pass.kind}${pass.batch}`;
 
+const kindsOf = (game) => (game.split ? ["F", "B", "I", "W"] : ["F", "B"]);
+const examplesOf = (game) => kindsOf(game).map((kind) => nameOf(game, { kind, stage: 0, batch: 0 }));
+
 const listed = (words) => [words.slice(0, -1).join(", "), ...words.slice(-1)].filter(Boolean).join(" and ");
 const number = (value) => String(+value.toFixed(2));
 const slots = (value, unit = "slot") =>
@@ -35,9 +39,11 @@ const slots = (value, unit = "slot") =>
 // ---- Text -----------------------------------------------------------------------------------------------------------
 
 /** Read one word, such as F0 or, on stage 5, 5F0, of a rank's row. */
-export function passOf(word, rank) {
+export function passOf(game, word, rank) {
   const found = PASS.exec(word);
-  if (!found) throw new Refusal(`"${word.slice(0, 40)}" is no pass: write F0, B0, I0 or W0, or with its stage, 5F0`);
+  if (!found) {
+    throw new Refusal(`"${word.slice(0, 40)}" is no pass: passes of this board are such as ${listed(examplesOf(game))}`);
+  }
   return { kind: found[2], stage: found[1] ? Number(found[1]) : rank, batch: Number(found[3]) };
 }
 
@@ -50,7 +56,7 @@ export function parse(game, text) {
   }
   return lines.map((line, rank) => {
     const words = line.replace(/^\s*(?:rank\s*)?\d+\s*:/, "").replace(/\((\w+);(\w+)\)OVERLAP_F_B/g, "$1 $2");
-    const row = words.split(/[\s,;|]+/).filter((word) => /[^.]/.test(word)).map((word) => passOf(word, rank));
+    const row = words.split(/[\s,;|]+/).filter((word) => /[^.]/.test(word)).map((word) => passOf(game, word, rank));
     const there = new Set(row.map(idOf));
     return row.map((pass) => { // a B beside a W is the input half, as the pictures of the course draw it
       const halved = there.has(idOf({ ...pass, kind: "W" })) && !there.has(idOf({ ...pass, kind: "I" }));
@@ -79,8 +85,13 @@ export function linkOf(game, rows) {
 
 /** The text that the end of a link carries; null where it is none, or that of another board. */
 export function textOf(game, hash) {
-  const start = `#board=${game.key}:`;
-  return hash.startsWith(start) ? decodeURIComponent(hash.slice(start.length)).replaceAll("/", "\n") : null;
+  const [, key, text] = LINK.exec(hash) ?? [];
+  if (key !== game.key) return null;
+  try {
+    return decodeURIComponent(text).replaceAll("/", "\n");
+  } catch { // a damaged link: the text's own refusal says what is no pass
+    return text;
+  }
 }
 
 // ---- Rules ----------------------------------------------------------------------------------------------------------
@@ -179,11 +190,11 @@ export function dependant(game, rows, pass) {
 /** Whether a pass begins (1) or ends (-1) a micro-batch's time in flight on its rank. */
 const heldBy = ({ kind }) => (kind === "F" ? 1 : kind === "I" ? 0 : -1);
 
-/** How many passes are still to be placed, with whole backward passes where no half is there. */
-export function missing(game, rows) {
+/** How many passes of some stages are still to be placed, with whole backward passes where no half is there. */
+export function missing(game, rows, stages = game.placement.keys()) {
   const there = new Set(rows.flat().map(idOf));
   let count = 0;
-  for (const stage of game.placement.keys()) {
+  for (const stage of stages) {
     for (let batch = 0; batch < game.micro_batches; batch += 1) {
       const [forward, whole, ...halves] = ["F", "B", "I", "W"].map((kind) => there.has(idOf({ kind, stage, batch })));
       count += !forward;
@@ -316,23 +327,24 @@ export function load(game, text) {
 
 const LOOK = { F: "forward", B: "backward", I: "backward, input", W: "backward, weight" };
 const SHADE = 0.45; // how much darker the last of a rank's stages is than its first, as in plots_timeline
-const ROW = 42, BAR = 30, HEAD = 22, STRIP = 34, LABEL = 62;
+const ROW = 42, BAR = 30, HEAD = 22, FOOT = 14, STRIP = 34, LABEL = 64;
+const WIDEST = 90; // of a slot: beyond it more slots fill the width
 const PER_SECOND = 2; // slots that the cursor passes
 const CSS = `
-.pt-board { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --field: #f3f5f8; --here: #e3edfa;
-  --accent: #0550ae; --bad: #a40e26; --good: #116329; color-scheme: light; box-sizing: border-box; max-width: 66rem;
+.pt-board { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --field: #f3f5f8; --here: #d3e4fb;
+  --accent: #0550ae; --bad: #a40e26; --good: #116329; color-scheme: light; box-sizing: border-box;
   margin: 0.5rem 0; padding: 0.75rem clamp(0.55rem, 2vw, 1rem);
   background: var(--page); color: var(--ink); border: 1px solid var(--line);
   border-radius: 8px; font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans",
   sans-serif; }
 @media screen and (prefers-color-scheme: dark) { .pt-board { --ink: #e6e9ed; --soft: #a5afba; --line: #3a424c;
-  --page: #12161c; --field: #1a2028; --here: #1d2b3f; --accent: #80bbff; --bad: #ff9a93; --good: #6fdd8b; color-scheme: dark; } }
+  --page: #12161c; --field: #1a2028; --here: #1f3a61; --accent: #80bbff; --bad: #ff9a93; --good: #6fdd8b; color-scheme: dark; } }
 @media screen { [data-jp-theme-light="true"] .pt-board { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff;
-  --field: #f3f5f8; --here: #e3edfa; --accent: #0550ae; --bad: #a40e26; --good: #116329; color-scheme: light; }
+  --field: #f3f5f8; --here: #d3e4fb; --accent: #0550ae; --bad: #a40e26; --good: #116329; color-scheme: light; }
 [data-jp-theme-light="false"] .pt-board { --ink: #e6e9ed; --soft: #a5afba; --line: #3a424c; --page: #12161c;
-  --field: #1a2028; --here: #1d2b3f; --accent: #80bbff; --bad: #ff9a93; --good: #6fdd8b; color-scheme: dark; } }
+  --field: #1a2028; --here: #1f3a61; --accent: #80bbff; --bad: #ff9a93; --good: #6fdd8b; color-scheme: dark; } }
 .pt-board *, .pt-board *::before { box-sizing: border-box; }
-.pt-board p { margin: 0.25rem 0; max-width: none; }
+.pt-board p { margin: 0.25rem 0; max-width: 66rem; }
 .pt-board .pt-title { font-weight: 650; }
 .pt-board .pt-facts { display: flex; flex-wrap: wrap; gap: 0.1rem 1.5rem; margin: 0.4rem 0; }
 .pt-board .pt-facts span { color: var(--soft); }
@@ -342,7 +354,13 @@ const CSS = `
 .pt-board svg text { font-size: 13px; fill: var(--ink); pointer-events: none; }
 .pt-board svg .pt-soft { fill: var(--soft); font-size: 11px; }
 .pt-board .pt-ground { fill: var(--field); }
-.pt-board [role="row"][aria-selected="true"] .pt-ground { fill: var(--here); }
+.pt-board [role="row"][aria-selected="true"] .pt-ground { fill: var(--here); stroke: var(--accent); stroke-width: 1.5; }
+.pt-board .pt-name { fill: none; }
+.pt-board [role="row"]:has(> .pt-rank) { cursor: pointer; }
+.pt-board .pt-rank .pt-name { fill: var(--field); stroke: var(--soft); }
+.pt-board [role="row"]:hover > .pt-rank .pt-name { stroke: var(--accent); stroke-width: 2; }
+.pt-board [role="row"][aria-selected="true"] > .pt-rank .pt-name { fill: var(--accent); stroke: var(--accent); }
+.pt-board [role="row"][aria-selected="true"] > .pt-rank text { fill: var(--page); font-weight: 650; }
 .pt-board .pt-cell { outline: none; cursor: pointer; }
 .pt-board .pt-cell .pt-ring { fill: none; stroke: none; stroke-width: 2.5; pointer-events: none; }
 .pt-board .pt-cell:focus .pt-ring { stroke: var(--accent); }
@@ -384,7 +402,8 @@ const CSS = `
   padding: 0 0.25rem; }
 .pt-board .pt-legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; font-size: 13px; color: var(--soft); }
 .pt-board .pt-legend span { display: inline-flex; align-items: center; gap: 0.35rem; }
-@media print { .pt-board :is(.pt-palette, .pt-tools, .pt-info, .pt-keys) { display: none; } .pt-board { break-inside: avoid; } }
+@media print { .pt-board :is(.pt-palette, .pt-tools, .pt-info, .pt-keys) { display: none; } .pt-board { break-inside: avoid; }
+.pt-board svg { max-width: 100%; height: auto; } }
 `;
 
 function element(tag, attributes = {}, ...children) {
@@ -438,17 +457,11 @@ class View {
     this.rows = Array.from({ length: game.ranks }, () => []);
     this.past = [];
     this.future = [];
-    this.at = { rank: 0, type: "end", index: 0 }; // where the reader is: a cell of a rank's row
+    this.at = { rank: game.placement[0] ?? 0, type: "end", index: 0 }; // where the reader is: a cell of a rank's row
     this.typed = "";
     this.time = null; // of the cursor; null while there is none
-    this.events = new AbortController();
     this.build();
     this.start(text ?? game.start);
-    if (link) {
-      const follow = () => this.follow();
-      addEventListener("hashchange", follow, { signal: this.events.signal });
-      follow();
-    }
   }
 
   // -- What it consists of --
@@ -485,8 +498,8 @@ class View {
       copies.push(button("Copy link", () => this.copy(address(), "A link to this board as it is now")));
     }
     const keys = element("details", { class: "pt-keys" }, element("summary", {}, "Keys"));
-    keys.append(element("p", {}, ...["Arrow keys", ": move over the grid and the palette. ", "F0 B0 I0 W0",
-      ": place that pass where you are (2F0: on stage 2). ", "Delete", ": take the pass away. ", "Alt + ← →",
+    keys.append(element("p", {}, ...["Arrow keys", ": move over the grid and the palette. ",
+      examplesOf(game).join(" "), ": place that pass where you are. ", "Delete", ": take the pass away. ", "Alt + ← →",
       ": move it in its rank's order. ", "Ctrl + Z, Ctrl + Y", ": undo, redo."].map((words, place) =>
       (place % 2 ? words : element("kbd", {}, words)))));
     this.legend = element("div", { class: "pt-legend" });
@@ -504,7 +517,6 @@ class View {
   }
 
   close() {
-    this.events.abort();
     this.sizes.disconnect();
     cancelAnimationFrame(this.frame);
     this.root.replaceChildren();
@@ -524,7 +536,7 @@ class View {
     this.draw();
     this.info.textContent = "Point at a gap, or go there with the arrow keys: here you read what the rank waits for.";
     if (this.fixed || this.say.textContent) return;
-    this.tell(missing(this.game, this.rows) ? "Choose a rank and one of its passes, or type a pass: F0."
+    this.tell(missing(this.game, this.rows) ? `Choose a rank (click its name) and one of its passes, or type a pass: ${examplesOf(this.game)[0]}.`
       : verdict(this.game, this.rows));
   }
 
@@ -553,6 +565,7 @@ class View {
   show(rows, done) {
     this.rows = rows;
     this.draw();
+    if (this.time === null) this.info.textContent = this.cells[this.at.rank][this.spot()].said;
     const times = play(this.game, rows);
     const whole = !missing(this.game, rows);
     const solved = whole && this.game.par !== null && times.slots <= this.game.par + CLOSE;
@@ -622,12 +635,13 @@ class View {
     if (this.rows !== this.first) this.take(this.first, "As at the beginning; undo brings your passes back.");
   }
 
-  /** Follow a link that carries a text for this board. */
+  /** Follow the page's link, if it carries a text for this board; say whether it does. */
   follow() {
     const text = this.fixed ? null : textOf(this.game, location.hash);
-    if (text === null) return;
+    if (text === null) return false;
     this.place(text);
     this.body.scrollIntoView({ block: "center" });
+    return true;
   }
 
   async copy(text, what) {
@@ -703,7 +717,7 @@ class View {
     const word = this.typed;
     this.typed = "";
     try {
-      this.insert(passOf(word, this.at.rank));
+      this.insert(passOf(this.game, word, this.at.rank));
     } catch (refusal) {
       this.tell(this.sentence(refusal), "pt-refused");
     }
@@ -900,11 +914,13 @@ class View {
           said: `${nameOf(game, pass)}, ${span(start, end)}: ${KINDS[pass.kind]} of micro-batch ${pass.batch}${where}` });
       }
       const free = times.clock[rank];
-      const said = !whole ? `Here goes the next pass of rank ${rank}`
+      const next = missing(game, rows, stagesOf(game, rank)) > 0;
+      const said = next ? `Here goes the next pass of rank ${rank}`
+        : !whole ? `All passes of rank ${rank} are placed; another rank's are not`
         : free < times.slots - CLOSE
           ? `Rank ${rank} has run all its passes, and waits ${slots(times.slots - free)} for rank ${last}, which ends last.`
           : `Rank ${rank} ends here, and no rank later`;
-      found.push({ type: "end", index: row.length, begin: free, end: Math.max(free, times.slots), gap: whole, said });
+      found.push({ type: "end", index: row.length, begin: free, end: Math.max(free, times.slots), gap: whole, next, said });
       return found;
     });
     return { cells, times, whole, end: times.slots };
@@ -944,22 +960,25 @@ class View {
     this.cells = cells;
     this.end = end;
     const width = Math.max(this.scroll.clientWidth || 640, this.fixed ? 640 : 300);
-    const shown = this.fixed ? end : Math.max(end + 1, (game.par ?? 0) + 1, 6);
     const labels = cells.flat().filter((each) => each.type === "pass");
     const longest = Math.max(2, ...labels.map((each) => each.label.length));
     const lengths = labels.map((each) => each.end - each.begin).filter((length) => length > CLOSE);
     const shortest = Math.min(1, ...lengths);
-    const room = (width - LABEL - 4) / shown;
-    this.scale = this.fixed ? room : Math.min(Math.max(room, (4 + longest * 8.3) / shortest), 52 / shortest);
+    const room = width - LABEL - 4;
+    const least = (4 + longest * 8.3) / shortest;
+    const shown = this.fixed ? end
+      : Math.max(end + 1, (game.par ?? 0) + 1, 6, Math.floor(room / Math.max(least, WIDEST)));
+    this.scale = this.fixed ? room / shown : Math.max(room / shown, least);
     const wide = LABEL + shown * this.scale + 4;
     const x = (time) => LABEL + time * this.scale;
     const high = HEAD + game.ranks * ROW + 2;
-    this.size(this.grid, wide, high);
+    this.size(this.grid, wide, high + (game.par ? FOOT : 0));
     this.grid.replaceChildren(this.textures(), this.axis(x, shown, high),
       ...cells.map((row, at) => this.drawRow(at, row, x, wide)));
     if (game.par !== null && game.par !== undefined) {
-      this.grid.append(shape("line", { class: "pt-par", x1: x(game.par), x2: x(game.par), y1: 4, y2: high }),
-        shape("text", { class: "pt-soft", x: x(game.par) + 4, y: 14, "aria-hidden": "true" }, "par"));
+      this.grid.append(shape("line", { class: "pt-par", x1: x(game.par), x2: x(game.par), y1: HEAD - 3, y2: high }),
+        shape("text", { class: "pt-soft", x: x(game.par), y: high + 11, "text-anchor": "middle",
+          "aria-hidden": "true" }, "par"));
     }
     this.drawMemory(x, wide, end);
     this.slider.max = end;
@@ -1002,7 +1021,7 @@ class View {
     for (let time = 0; time <= shown + CLOSE; time += step) {
       made.append(shape("line", { class: "pt-grid", x1: x(time), x2: x(time), y1: HEAD - 3, y2: high }));
       const label = this.fixed ? number(time) : String(time + 1);
-      const skip = !this.fixed && ((this.scale < 18 && (time + 1) % 5) || time === game.par);
+      const skip = !this.fixed && this.scale < 18 && (time + 1) % 5;
       if ((this.fixed || time < shown - 0.5) && !skip) {
         made.append(shape("text", { class: "pt-soft", x: x(time + (this.fixed ? 0 : 0.5)), y: 14,
           "text-anchor": "middle" }, label));
@@ -1018,7 +1037,9 @@ class View {
       "aria-selected": this.fixed ? null : rank === this.at.rank });
     row.append(shape("rect", { class: "pt-ground", x: LABEL, y: top + 3, width: wide - LABEL - 2, height: ROW - 6,
       rx: 4 }),
-      shape("g", { role: "rowheader" }, shape("text", { x: 0, y: top + ROW / 2 + 5 }, `rank ${rank}`)));
+      shape("g", { role: "rowheader", class: this.fixed ? null : "pt-rank" },
+        shape("rect", { x: 1, y: top + (ROW - BAR) / 2 + 1, width: LABEL - 9, height: BAR - 2, rx: 6, class: "pt-name" }),
+        shape("text", { x: 1 + (LABEL - 9) / 2, y: top + ROW / 2 + 4.5, "text-anchor": "middle" }, `rank ${rank}`)));
     cells.forEach((cell, place) => {
       const here = rank === this.at.rank && place === this.spot();
       const drawn = shape("g", { class: `pt-cell ${cell.type === "pass" && !this.fixed ? "pt-pass" : ""}`,
@@ -1035,7 +1056,7 @@ class View {
       } else if (!cell.gap) {
         Object.assign(edge, { width: this.scale - 2 });
         drawn.append(shape("rect", { ...edge, class: "pt-hit" }));
-        if (here) drawn.append(shape("rect", { ...edge, class: "pt-next" }));
+        if (here && cell.next) drawn.append(shape("rect", { ...edge, class: "pt-next" }));
       } else {
         Object.assign(edge, { width: 4 });
       }
@@ -1126,9 +1147,8 @@ class View {
     const there = new Set(rows.flat().map(idOf));
     const focused = this.palette.contains(document.activeElement) ? document.activeElement?.dataset.pass : null;
     const stages = stagesOf(game, rank);
-    const kinds = game.split ? ["F", "B", "I", "W"] : ["F", "B"];
     this.palette.setAttribute("aria-label", `Passes of rank ${rank}`);
-    const blocks = stages.map((stage) => element("div", {}, ...kinds.map((kind) => {
+    const blocks = stages.map((stage) => element("div", {}, ...kindsOf(game).map((kind) => {
       const words = { F: "forward", B: "backward", I: "input half", W: "weight half" }[kind];
       const line = element("div", { role: "group", class: "pt-line", "aria-label": `${words}, stage ${stage}` },
         element("span", { "aria-hidden": "true" }, words));
@@ -1160,12 +1180,24 @@ export function mount(root, game, options) {
   return new View(root, game, options);
 }
 
-/** Put a board into each element of the page that has a game for one, instead of the figure that stands there. */
+/**
+ * Put a board into each element of the page that has a game for one, instead of the figure that stands there, and
+ * follow the page's link to those that it is for; the first board says so where it is for none.
+ */
 export function mountAll() {
-  for (const root of document.querySelectorAll("[data-pipetutor-board]:not([data-mounted])")) {
+  const views = [...document.querySelectorAll("[data-pipetutor-board]:not([data-mounted])")].map((root) => {
     root.dataset.mounted = "";
-    mount(root, JSON.parse(root.querySelector("script").textContent));
-  }
+    return mount(root, JSON.parse(root.querySelector("script").textContent));
+  });
+  const first = views.find((view) => !view.fixed);
+  const follow = () => {
+    const followed = views.filter((view) => view.follow());
+    if (followed.length || !first || !LINK.test(location.hash)) return;
+    first.tell("The link is for a board that is not on this page.", "pt-refused");
+    first.body.scrollIntoView({ block: "center" });
+  };
+  addEventListener("hashchange", follow);
+  follow();
 }
 
 /** What anywidget calls in a notebook. */

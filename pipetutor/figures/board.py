@@ -105,6 +105,10 @@ def board(
     elif shown is not None:
         raise ValueError(f"board({shown!r:.60}): give a puzzle, a timeline, or ranks= and micro_batches=")
     else:
+        absent = [f"{name}=" for name in ("ranks", "micro_batches") if given[name] is None]
+        if absent:
+            also = f": give {absent[0]} as well" if len(absent) == 1 else ""
+            raise ValueError(f"board() takes a puzzle, a timeline, or ranks= and micro_batches={also}")
         for name in ("ranks", "micro_batches", "cap"):
             value = given[name]
             if not (isinstance(value, Integral) and value >= 1) and (value is not None or name != "cap"):

@@ -29,7 +29,7 @@ class _Question:
     right: bool | None = field(default=None)  # what the first answer said; none yet
 
     def read(self, typed: Any) -> Any:
-        """Return what was typed as one of the choices, or as a number; raise ValueError if it is neither."""
+        """Return what was typed as one of the choices, or as a number; raise ValueError where it is none."""
         if self.choices:
             for choice in self.choices:
                 if _plain(choice) == _plain(typed):
@@ -43,7 +43,9 @@ class _Question:
         if not math.isfinite(number) or isinstance(typed, bool):
             raise ValueError(f"{shown(typed)} is no number: type {self.allowed}")
         if percent or (self.unit == "%" and abs(number) > 1):
-            return number / 100
+            number /= 100
+        if self.unit == "%" and not 0 <= number <= 1:
+            raise ValueError(f"{shown(typed)} is no share from 0 to 100 %: type {self.allowed}")
         return int(number) if number.is_integer() else number
 
     @property

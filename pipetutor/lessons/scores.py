@@ -6,7 +6,8 @@ gains by a quick machine, or by editing a number. A run that trained with the sc
 
 import getpass
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from pipetutor.core.records import Run
 from pipetutor.processes.entry import command
 from pipetutor.schedule.puzzles import PUZZLES, Score, grade
 from pipetutor.schedule.text import csv, streams_of
-from pipetutor.system.kinds import check, named
+from pipetutor.system import disk
+from pipetutor.system.kinds import KINDS, check, named
 
 __all__ = ["collect", "submit"]
 
@@ -61,6 +63,8 @@ def submit(
     micro-batches: it has 1, and 4 are wanted
     """
     check("puzzle", puzzle, named(PUZZLES))
+    if name:
+        check("name", name, "text")
     score = grade(PUZZLES[puzzle], schedule)
     if score.slots is None:
         return score
@@ -95,12 +99,33 @@ def _evidence(run: Run, written: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of scores holds; raise ValueError, in plain words, if it is none."""
     try:
         content = json.loads(path.read_text())
-        assert isinstance(content, dict) and isinstance(content["answers"], dict)
-        return content
-    except (OSError, ValueError, AssertionError, KeyError) as error:
-        raise ValueError(f"{path} is no file of scores ({error!r}): move it away, or mend it") from None
+    except OSError as error:
+        raise ValueError(disk.cannot(f"read {path}", error, "move it away, or mend it")) from None
+    except (ValueError, RecursionError) as error:  # of bytes as well that are no text
+        where = f", from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path} is no JSON text{where}: move it away, or mend it") from None
+    if wrong := _wrong(content):
+        raise ValueError(f"{path} is no file of scores: {wrong}; move it away, or mend it")
+    return content
+
+
+def _wrong(content: Any) -> str:
+    """Say what a file of scores lacks; empty where it can be graded."""
+    if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
+        return 'it has no "answers", an object with an answer for each puzzle'
+    if content.get("name") and not KINDS["text"].fits(content["name"]):
+        return '"name" is no name in one line'
+    for puzzle, answer in content["answers"].items():
+        if not isinstance(answer, dict) or not isinstance(answer.get("schedule"), str):
+            return f'the answer to {puzzle!r} has no "schedule", a text'
+        run = answer.get("run")
+        numbers = [run.get("steps"), run.get("examples_per_second")] if isinstance(run, dict) else [None]
+        if run and not all(map(KINDS["number"].fits, numbers)):
+            return f'"run" of the answer to {puzzle!r} has no "steps" or no "examples_per_second"'
+    return ""
 
 
 def _entries(path: Path, content: dict[str, Any]) -> Iterable[Entry]:
@@ -111,9 +136,22 @@ def _entries(path: Path, content: dict[str, Any]) -> Iterable[Entry]:
 
 
 class Scores(list[Entry]):
-    """Entries, best first; printed as a table for each puzzle."""
+    """Entries, best first; printed as a table for each puzzle.
+
+    Attributes:
+        damaged: a line for each file that is left out: what is wrong with it.
+    """
+
+    def __init__(self, entries: Iterable[Entry], damaged: Sequence[str] = ()):
+        super().__init__(sorted(entries, key=lambda one: one.rank))
+        self.damaged = list(damaged)
 
     def __str__(self) -> str:
+        return "\n".join([self.table, *(f"left out: {words}" for words in self.damaged)])
+
+    @property
+    def table(self) -> str:
+        """The entries alone."""
         lines = []
         for puzzle in PUZZLES:
             rows = [entry for entry in self if entry.puzzle == puzzle]
@@ -135,16 +173,31 @@ def collect(directory: str | Path) -> Scores:
     Args:
         directory: that holds a directory for each learner, with ``scores.json`` in it or below.
 
+    Returns:
+        The entries, and what is wrong with each file that cannot be read, which is left out.
+
     Raises:
-        ValueError: a file is damaged.
+        ValueError: there is no such directory.
     """
-    paths = sorted(Path(directory).rglob(FILE))
-    return Scores(sorted((one for path in paths for one in _entries(path, _read(path))), key=lambda one: one.rank))
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory} is no directory: give the one that holds a directory for each learner")
+    entries: list[Entry] = []
+    damaged = []
+    for path in sorted(Path(directory).rglob(FILE)):
+        try:
+            entries += _entries(path, _read(path))
+        except ValueError as error:
+            damaged.append(str(error))
+    return Scores(entries, damaged)
 
 
 def main() -> None:
-    """Run ``collect`` from the command line."""
-    print(command(collect, "python -m pipetutor scores"))
+    """Run ``collect`` from the command line; the status is 1 where a file is left out."""
+    found = command(collect, "python -m pipetutor scores")
+    print(found.table, flush=True)
+    for words in found.damaged:
+        print(f"pipetutor: left out: {words}", file=sys.stderr)
+    sys.exit(1 if found.damaged else 0)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def find(place: Path) -> Path:
     directory = place if place.is_dir() else place.parent
     if _is_run(directory):
         return directory
+    if not place.is_dir():
+        raise ValueError(f"{place} is no file of a run: give a run's directory, or its trace.json")
     traced = [path.parent for path in directory.glob("*/trace_rank0.jsonl")]
     if not traced:
         raise ValueError(f"{directory} is no run, and holds none with a trace: launch one with trace=True (--trace)")

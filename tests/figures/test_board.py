@@ -55,9 +55,14 @@ console.log(JSON.stringify(answers));
 
 def judged(cases):
     """What the module says of games and texts."""
+    return in_node(JUDGE, json.dumps(cases))
+
+
+def in_node(code, given=""):
+    """What code prints that is told where the module is."""
     module = Path(board_module.__file__).with_suffix(".js").as_uri()
-    command = [NODE, "--input-type=module", "--no-warnings", "--eval", JUDGE, module]
-    said = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, timeout=120)
+    command = [NODE, "--input-type=module", "--no-warnings", "--eval", code, module]
+    said = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     return json.loads(said.stdout)
 
@@ -236,12 +241,31 @@ def test_a_par_is_met_on_the_board_by_what_the_grader_takes(name):
         ("F0 / F0 I0", "I0 is half a backward pass, and this board has whole ones"),
         ("F0 / 2F0", "there is no stage 2: the board has stages 0 to 1"),
         ("F7 / .", "F7 is of no micro-batch: there are 0 to 3"),
-        ("F0 / G0", '"G0" is no pass: write F0, B0, I0 or W0'),
+        ("F0 / G0", '"G0" is no pass: passes of this board are such as F0 and B0'),
     ],
 )
 def test_a_board_says_why_it_refuses(text, reason):
     [said] = judged([{"game": board(ranks=2, micro_batches=4, cap=2).game, "text": text}])
     assert reason in said["wrong"]
+
+
+def test_a_board_gives_its_own_passes_as_examples():
+    chunks = board(PUZZLES["two chunks"]).game
+    split = board(PUZZLES["beat 1F1B"]).game
+    said = judged([{"game": chunks, "text": "G0 / ."}, {"game": split, "text": "G0 / . / ."}])
+    assert [each["wrong"].partition(": ")[2] for each in said] == [
+        "passes of this board are such as 0F0 and 0B0",
+        "passes of this board are such as F0, B0, I0 and W0",
+    ]
+
+
+def test_a_link_is_for_one_board_and_a_damaged_one_is_read_as_it_stands():
+    links = ["#board=2x2:F0/.", "#board=2x2", "#board=2x2:F0/%E0", "#board=2x3:F0/.", "#elsewhere", ""]
+    ask = f"""
+    const {{ textOf }} = await import(process.argv[1]);
+    console.log(JSON.stringify({json.dumps(links)}.map((link) => textOf({{ key: "2x2" }}, link))));
+    """
+    assert in_node(ask) == ["F0\n.", "", "F0/%E0", None, None, None]
 
 
 COSTS = Costs((1.0,) * 2, (1.0,) * 2, (1.0,) * 2)
@@ -250,8 +274,10 @@ COSTS = Costs((1.0,) * 2, (1.0,) * 2, (1.0,) * 2)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "ranks is None: use a whole number from 1 up"),
-        ({"ranks": 2}, "micro_batches is None"),
+        ({}, "board() takes a puzzle, a timeline, or ranks= and micro_batches="),
+        ({"placement": (0, 1)}, "board() takes a puzzle, a timeline, or ranks= and micro_batches="),
+        ({"ranks": 2}, "or ranks= and micro_batches=: give micro_batches= as well"),
+        ({"micro_batches": 2}, "or ranks= and micro_batches=: give ranks= as well"),
         ({"ranks": "2", "micro_batches": 2}, "ranks is '2'"),
         ({"ranks": 2, "micro_batches": 0}, "micro_batches is 0"),
         ({"ranks": 2, "micro_batches": 2, "cap": 0}, "cap is 0"),

@@ -83,6 +83,19 @@ def test_what_is_no_number_is_said_in_a_line_and_left_out(bad, said):
     assert said() == "" and predicted("bubble") is None
 
 
+@pytest.mark.parametrize("bad", [-5, -0.01, 101, "100.5 %", "-1 %"])
+def test_what_is_no_share_is_said_in_a_line_and_left_out(bad, said):
+    predict("bubble", bad, unit="%")
+    words = f"{bad!r} is no share from 0 to 100 %: type a number such as 0.2, for 20 %; nothing is noted"
+    assert said() == f"bubble: {words}" and predicted("bubble") is None
+
+
+@pytest.mark.parametrize(("typed", "words"), [(0, "0 %"), (1, "100 %"), (100, "100 %"), ("100 %", "100 %")])
+def test_none_and_all_are_shares(typed, words, said):
+    predict("bubble", typed, unit="%")
+    assert said() == f"bubble: you say {words}"
+
+
 @pytest.mark.parametrize("bad", ["equl", "", 3, [], ["equal"]])
 def test_what_is_no_choice_is_said_in_a_line_and_left_out(bad, said):
     predict("losses", bad, choices=["equal", "close"])

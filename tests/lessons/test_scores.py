@@ -61,15 +61,64 @@ def test_what_is_collected_is_graded_anew(tmp_path):
     assert "'X0' is no pass" in str(collect(tmp_path))
 
 
+SCHEDULE = csv(ONE)
+DAMAGED = {
+    "no text": (b"\xff\xfe{}", "is no JSON text:"),
+    "half": (b'{"answers": {', "is no JSON text, from line 1 on"),
+    "deep": (b"[" * 100_000, "is no JSON text:"),
+    "list": (b"[]", 'is no file of scores: it has no "answers"'),
+    "no answers": (b"{}", 'it has no "answers"'),
+    "answers": (b'{"answers": []}', 'it has no "answers"'),
+    "answer": (b'{"answers": {"twelve slots": "F0"}}', "the answer to 'twelve slots' has no \"schedule\""),
+    "schedule": (b'{"answers": {"twelve slots": {"schedule": 3}}}', "the answer to 'twelve slots' has no"),
+    "name": (b'{"name": ["Ada"], "answers": {}}', '"name" is no name in one line'),
+    "lines": (b'{"name": "A\\nB", "answers": {}}', '"name" is no name in one line'),
+    "run": (
+        json.dumps({"answers": {"twelve slots": {"schedule": SCHEDULE, "run": {"steps": 2}}}}).encode(),
+        'has no "steps" or no "examples_per_second"',
+    ),
+}
+
+
+def test_a_damaged_file_is_named_and_the_others_are_graded(tmp_path):
+    for name in ("Ada", "Zoe"):
+        (tmp_path / name).mkdir()
+        submit("twelve slots", ONE, name=name, directory=tmp_path / name)
+    for name, (content, _) in DAMAGED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_bytes(content)
+    (tmp_path / "directory" / "scores.json").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-m", "pipetutor", "scores", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["Ada", "Zoe"]
+    said = {line.split(str(tmp_path))[1].split("/")[1]: line for line in done.stderr.splitlines()}
+    assert said.keys() == {*DAMAGED, "directory"} and len(done.stderr.splitlines()) == len(said)
+    for name, (_, words) in DAMAGED.items():
+        path = tmp_path / name / "scores.json"
+        assert said[name].startswith(f"pipetutor: left out: {path} is no ") and words in said[name]
+        assert said[name].endswith("move it away, or mend it") and "Error" not in said[name]
+    assert "cannot read" in said["directory"] and "Is a directory" in said["directory"]
+    found = collect(tmp_path)
+    assert [one.name for one in found] == ["Ada", "Zoe"] and str(found).count("\nleft out: ") == len(said)
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "nosuch", tmp_path / "file"):
+        done = subprocess.run([sys.executable, "-m", "pipetutor", "scores", place], capture_output=True, text=True)
+        words = f"pipetutor: {place} is no directory: give the one that holds a directory for each learner\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", words)
+
+
 def test_bad_input_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="puzzle is 'twelve', but must be one of"):
         submit("twelve", ONE, directory=tmp_path)
     with pytest.raises(ValueError, match="cannot be written"):
         submit("twelve slots", ONE, directory=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"name is 'A\\nB', but must be a string in one line"):
+        submit("twelve slots", ONE, name="A\nB", directory=tmp_path)
+    assert str(collect(tmp_path)) == "no scores.json with an answer is there"
     (tmp_path / "scores.json").write_text("[]")
     with pytest.raises(ValueError, match="is no file of scores"):
         submit("twelve slots", ONE, directory=tmp_path)
-    with pytest.raises(ValueError, match="is no file of scores"):
-        collect(tmp_path)
-    assert "no scores.json" in str(collect(tmp_path / "nowhere"))
     assert not submit("twelve slots", "nothing", directory=tmp_path).solved, "and nothing is written"

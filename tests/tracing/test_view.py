@@ -93,6 +93,9 @@ def refusal(*words):
 def test_what_cannot_be_viewed_is_said_in_a_line(traced, tmp_path):
     assert "nowhere is not there: give the directory of a run, such as runs/2026" in refusal("nowhere")
     assert "is no run, and holds none with a trace: launch one with trace=True (--trace)" in refusal(tmp_path)
+    notes = tmp_path / "notes.txt"
+    notes.touch()
+    assert f"{notes} is no file of a run: give a run's directory, or its trace.json" in refusal(notes)
     (tmp_path / "run.json").write_text("{}")
     assert f"{tmp_path} holds no traced step: launch the run with trace=True (--trace)" in refusal(tmp_path)
     with Viewer(traced) as viewer:
