@@ -40,7 +40,7 @@ const slots = (value, unit = "slot") =>
 
 /** Read one word, such as F0 or, on stage 5, 5F0, of a rank's row. */
 export function passOf(game, word, rank) {
-  const found = PASS.exec(word);
+  const found = PASS.exec(word.toUpperCase());
   if (!found) {
     throw new Refusal(`"${word.slice(0, 40)}" is no pass: passes of this board are such as ${listed(examplesOf(game))}`);
   }

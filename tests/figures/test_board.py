@@ -227,7 +227,7 @@ def test_a_par_is_met_on_the_board_by_what_the_grader_takes(name):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("F0 F1 B0 / F0", "B0 on rank 0 needs the gradient of B0 from rank 1, which is not placed yet"),
+        ("f0 F1 b0 / F0", "B0 on rank 0 needs the gradient of B0 from rank 1, which is not placed yet"),
         ("F0 F1 / F0 F2", "F2 on rank 1 needs the activation of F2 from rank 0, which is not placed yet"),
         ("F0 F1 F1 / F0", "F1 is there already, on rank 0"),
         ("F0 / F0 F1 F2 / F0", "3 rows, but the board has 2 ranks"),
