@@ -47,11 +47,7 @@ __all__ = ["DEADLINE", "Call", "Outcome", "on_ranks", "outcomes"]
 DEADLINE = 60.0  # seconds: for what hangs, not for what is slow
 MOST_RANKS = 16
 CALLS, ANSWERS, STORE = "calls.pickle", "answers.pickle", "store"
-SAID, KEPT, LONGEST = (
-    "said",
-    100,
-    2000,
-)  # the first and the last lines that are shown of each rank; characters of a line
+SAID, KEPT, LONGEST = "said", 100, 2000  # of each rank its first and its last lines; characters of a line
 LAST_WORDS = 3  # lines of what a library says when it ends the process
 # Below these is no code of a learner's.
 _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}

@@ -1,11 +1,14 @@
 """A learner's own function in real ranks: what it returns and prints, where it fails, and that nothing stays."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import HANGS, processes_of, wait_until
@@ -223,6 +226,19 @@ def test_no_line_is_lost_without_a_word(lines, tmp_path):
     if lines > 200:
         wanted[100:-100] = [f"rank 4: ... {lines - 200} lines left out"]
     assert shown == wanted
+
+
+def test_the_lesson_shows_how_to_do_without(tmp_path):
+    """Its program runs as it stands, but for the port, which somebody else may have."""
+    notebook = json.loads((Path(__file__).parents[2] / "notebooks" / "01_engine.ipynb").read_text())
+    text = next("".join(cell["source"]) for cell in notebook["cells"] if cell["id"] == "engine-without")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (tmp_path / "message.py").write_text(program.replace("29500", str(port)))
+    said = subprocess.run([sys.executable, "message.py"], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
+    assert said.returncode == 0, said.stderr
+    assert sorted(said.stdout.splitlines()) == [f"rank {rank} has tensor([1., 1., 1.])" for rank in (0, 1)]
 
 
 def test_no_call_is_made_after_one_that_fails(folder):
