@@ -76,19 +76,25 @@ class Certificate:
         return compared and all(map(_as_it_should, self.rows))
 
     def __str__(self) -> str:
-        """Return the table, largest differences and a verdict a row, and what gave the controls away."""
-        controls = [f"control {row['control']}: {row['reason']}" for row in self.rows if row["control"]]
-        return "\n".join([_HEAD, *map(_line, self.rows), *map(_line, self.skipped), *controls, self.verdict])
+        """Return the table, largest differences and a verdict a row, and below it each reason once."""
+        notes: dict[str, int] = {}
+        lines = [_line(row, notes) for row in [*self.rows, *self.skipped]]
+        reasons = [f"({number}) {reason}" for reason, number in notes.items()]
+        controls = [
+            f"control {row['control']}: {row['reason']}" for row in self.rows if row["control"] and "gradient" in row
+        ]
+        return "\n".join([_HEAD, *lines, *reasons, *controls, self.verdict])
 
     @property
     def verdict(self) -> str:
         """One line that says what the rows come to."""
         pipelines = [_as_it_should(row) for row in self.rows if not row["control"]]
         controls = [_as_it_should(row) for row in self.rows if row["control"]]
+        found = f", {sum(controls)} of {len(controls)} controls were found out" if controls else ""
         left = f"; {len(self.skipped)} rows were skipped" if self.skipped else ""
         return (
             f"{'PASSED' if self.passed else 'FAILED'}: {sum(pipelines)} of {len(pipelines)} pipelines equal one "
-            f"process, {sum(controls)} of {len(controls)} controls were found out{left}"
+            f"process{found}{left}"
         )
 
 
@@ -103,21 +109,26 @@ def _as_it_should(row: dict[str, Any]) -> bool:
     return "gradient" in row and row["equal"] != bool(row["control"])
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the verdict of a row in a word or two, and the reason if it is not what one hopes for."""
     if "gradient" not in row:
-        return f"{'skipped' if 'equal' not in row else 'FAILED'}: {row['reason']}"
+        return "FAILED" if "equal" in row else "skipped", row["reason"]
     if row["control"]:
-        return f"control {row['control']}: {'NOT FOUND OUT' if row['equal'] else 'found out'}"
-    return "equal" if row["equal"] else f"FAILED: {row['reason']}"
+        return f"control {row['control']}: {'NOT FOUND OUT' if row['equal'] else 'found out'}", ""
+    return ("equal", "") if row["equal"] else ("FAILED", row["reason"])
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], notes: dict[str, int]) -> str:
+    """Return a line of the table, with the number of its reason in the notes, which gain it if it is new."""
+    verdict, reason = _verdict(row)
+    if reason:
+        verdict += f" ({notes.setdefault(reason, len(notes) + 1)})"
     case = f"{row['model']:8} {row['stages']:2} {row['micro_batches']:2} {row['replicas']:2} {row['way']:15}  "
     if "gradient" not in row:
-        return case + _verdict(row)
+        return f"{case}{'':44}   {verdict}"
     numbers = [row[part][kind] for part in ("gradient", "final") for kind in ("absolute", "relative")]
     numbers.append(row["loss"]["relative"])
-    return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {_verdict(row)}"
+    return case + " ".join(f"{number:8.1e}" for number in numbers) + f"   {verdict}"
 
 
 @briefly
@@ -221,7 +232,7 @@ def _read(row: dict[str, Any]) -> dict[str, Any]:
 
 def _brief(row: dict[str, Any]) -> str:
     case = f"{row['model']} P={row['stages']} M={row['micro_batches']} R={row['replicas']}"
-    return " ".join(filter(None, [case, row["way"], _verdict(row)[:60]]))
+    return " ".join(filter(None, [case, row["way"], ": ".join(filter(None, _verdict(row)))[:60]]))
 
 
 def main() -> None:

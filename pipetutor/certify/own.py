@@ -163,9 +163,11 @@ def _rank(rank: int, ranks: int, engine: Engine, case: Case) -> dict[str, Any]:
             found["proportional"] = max(tensor.abs().max().item() for tensor in rest.values()) <= 1e-3 * size
 
     look("initial", {name: p.detach() for name, p in weights.items()})
-    losses = []
+    losses, found["stepped"] = [], False
     for step in range(STEPS):
+        before = [p.detach().clone() for p in weights.values()]
         loss = engine(rank, ranks, stage, *_data(case.micro_batches, step))
+        found["stepped"] |= not all(map(torch.equal, before, weights.values()))
         losses.append(_number(loss) if rank == ranks - 1 else wanted[step])
         factor = {"summed": float(case.micro_batches), "scaled": 1.0 if rank else 1 / case.micro_batches}
         for p in weights.values():
@@ -228,6 +230,11 @@ def _why(case: Case, ranks: Sequence[dict[str, Any]], reason: str) -> str:
     count, last = case.micro_batches, ranks[-1]
     wrong = [rank for rank in ranks if rank["gradient"]["relative"] > TOLERANCE]
     stages = ", ".join(str(rank["stage"]) for rank in wrong)
+    if stepped := [str(rank["stage"]) for rank in ranks if rank["stepped"]]:
+        return (
+            f"the engine changed the weights of stage {', '.join(stepped)}; it should leave gradients in .grad and "
+            "nothing else: the certificate steps the weights"
+        )
     if missing := [str(rank["stage"]) for rank in ranks if rank["missing"]]:
         return f"stage {', '.join(missing)} has weights without a gradient: no backward pass came to them"
     if all(rank["proportional"] for rank in wrong) and count > 1:

@@ -16,7 +16,21 @@ from typing import Any
 
 from pipetutor.processes.children import end_with
 
-__all__ = ["forked", "meet"]
+__all__ = ["Gone", "forked", "meet"]
+
+
+class Gone(RuntimeError):
+    """A rank's process ended without an answer.
+
+    Attributes:
+        rank: which one.
+        code: its exit code; for a signal, the negative of its number.
+    """
+
+    def __init__(self, rank: int, code: int):
+        how = f"with status {code}" if code >= 0 else f"by signal {-code} ({signal.strsignal(-code)})"
+        super().__init__(f"rank {rank}: it ended without an answer, {how}")
+        self.rank, self.code = rank, code
 
 
 def _in_child(work: Callable[[], Any], answer: Connection, log: Path, parent: int, stays: bool) -> None:
@@ -56,7 +70,8 @@ def forked(
         What they return, in their order.
 
     Raises:
-        RuntimeError: one of them raised, ended without an answer, or none answered in time.
+        Gone: one of them ended without an answer.
+        RuntimeError: one of them raised, or none answered in time.
     """
     fork = multiprocessing.get_context("fork")
     children, pipes = [], []
@@ -75,15 +90,19 @@ def forked(
             if not ready:
                 silent({index: pid for index in waiting.values() if (pid := children[index].pid)})
                 raise RuntimeError(f"no answer within {seconds:.0f} s from rank {min(waiting.values())}")
+            failed = ""
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 index = waiting.pop(pipe)
                 try:
                     answers[index], error = pipe.recv()
-                except EOFError:
-                    error = "it ended without an answer"
-                if error:
-                    raise RuntimeError(f"rank {index}: {error}")
+                except EOFError:  # the cause of what others raise, who find it gone
+                    children[index].join()
+                    raise Gone(index, children[index].exitcode or 0) from None
+                if error and not failed:
+                    failed = f"rank {index}: {error}"
+            if failed:
+                raise RuntimeError(failed)
         return answers
     finally:
         for child in children:

@@ -9,6 +9,7 @@ an exception, and where each rank stands when nothing moves any more. The lines 
 alone has the text of its cells.
 """
 
+import faulthandler
 import functools
 import inspect
 import io
@@ -16,6 +17,7 @@ import linecache
 import os
 import pickle
 import re
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -35,7 +37,7 @@ from pipetutor.core import records
 from pipetutor.processes import heartbeat
 from pipetutor.processes.entry import briefly
 from pipetutor.processes.environment import cpu_environment
-from pipetutor.processes.forks import forked, meet
+from pipetutor.processes.forks import Gone, forked, meet
 from pipetutor.processes.job import do_job, run_job
 from pipetutor.processes.watch import RunFailed
 from pipetutor.system.kinds import check, counted, shown, whole
@@ -44,7 +46,9 @@ __all__ = ["DEADLINE", "Call", "Outcome", "on_ranks", "outcomes"]
 
 DEADLINE = 60.0  # seconds: for what hangs, not for what is slow
 MOST_RANKS = 16
-CALLS, ANSWERS, SAID, STORE = "calls.pickle", "answers.pickle", "said.txt", "store"
+CALLS, ANSWERS, STORE = "calls.pickle", "answers.pickle", "store"
+SAID, KEPT, LONGEST = "said", 100, 2000  # of each rank its first and its last lines; characters of a line
+LAST_WORDS = 3  # lines of what a library says when it ends the process
 # Below these is no code of a learner's.
 _LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 _OTHERS = ("<frozen ", *(f"{path}{os.sep}" for path in (*_LIBRARIES, str(Path(__file__).parents[1]))))
@@ -127,8 +131,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, *args: Any, deadline: flo
         try:
             (outcome,) = outcomes([call], deadline, call.name, directory)
         finally:
-            said = directory / "0" / SAID
-            print(said.read_text() if said.exists() else "", end="")
+            print(_printed(directory / "0"), end="")
     if outcome.reason:
         raise RunFailed(outcome.reason)
     return outcome.returned
@@ -194,25 +197,65 @@ def _outcome(folder: Path, row: dict[str, Any], deadline: float) -> Outcome:
     """Read what the ranks of a call have left behind."""
     if not row["failed"]:
         return Outcome([pickle.loads(answer) for answer in pickle.loads((folder / ANSWERS).read_bytes())])
+    if row["gone"] is not None:
+        return Outcome([], "\n".join([f"{row['failed']}. Its process is gone", *_last_words(folder, *row["gone"])]))
     failures = records.read_failures(folder)
-    if not row["silent"] and failures:
+    if not row["silent"] and not failures:  # before it was called
+        return Outcome([], row["failed"])
+    if not row["silent"]:
         places = _own_places(failures[0]["traceback"])
         way = [f"    at: {place}" for place in places[-1:]] + [f"    called at: {place}" for place in places[-2::-1]]
         error = " ".join(failures[0]["error"].split())
         return Outcome([], "\n".join([f"rank {failures[0]['rank']} raised {error}", *way]))
-    if not row["silent"]:
-        return Outcome([], f"{row['failed']}. Its process is gone: killed, or ended by the function itself")
-    stands = []
+    stands, receives = list[str](), False
     for rank in range(row["ranks"]):
-        stack = folder / f"stack_rank{rank}.txt"
-        places = _own_places(stack.read_text() if stack.exists() else "")
+        stack = _read(folder / f"stack_rank{rank}.txt")
+        places = _own_places(stack)
+        receives |= " in recv\n" in stack
         if rank not in row["silent"]:
             stands.append(f"    rank {rank} has returned")
+        elif places:
+            stands.append(f"    rank {rank} stands at: {places[0]}")
+        elif stack:
+            stands.append(f"    rank {rank} still runs, but in none of your lines")
         else:
-            stands.append(f"    rank {rank} stands at: {places[0] if places else 'no line of yours, or is stopped'}")
+            stands.append(f"    rank {rank} does not say where it stands: its process may have been stopped")
     who = "no rank has" if len(row["silent"]) == row["ranks"] else "not every rank has"
     head = f"{who} returned within {deadline:g} s, and all were ended. When that was over,"
+    if receives:
+        asks = ": has all that it sent been waited for?"
+        stands = [f"{one}{asks}" if one.endswith("has returned") else one for one in stands]
     return Outcome([], "\n".join([head, *stands, "If they were only slow, give a longer deadline."]))
+
+
+def _last_words(folder: Path, rank: int, code: int) -> list[str]:
+    """Return what a rank that is gone has left behind: where it stood, and what a library said of it."""
+    if code >= 0:
+        return ["    It was ended by the function itself, or by what that called"]
+    lines = _read(folder / f"log_rank{rank}.txt").splitlines()
+    said = [line.strip()[:LONGEST] for line in lines if line.strip() and not line.startswith("frame #")]
+    words = [f"    it stood at: {place}" for place in _own_places(_read(folder / f"death_rank{rank}.txt"))[:1]]
+    words += [f"    it said: {line}" for line in said[-LAST_WORDS:]]
+    if code == -signal.SIGABRT and any("gloo" in line for line in said):
+        words.append("Did it receive into a tensor of another shape or dtype than what was sent?")
+    return words
+
+
+def _printed(folder: Path) -> str:
+    """Return what the ranks of a call printed, as far as it was kept."""
+    text = _read(folder / SAID)
+    for rank in range(MOST_RANKS):
+        if parts := sorted(folder.glob(f"{SAID}_rank{rank}_*")):
+            behind = [line for part in parts for line in _read(part).split("\n")[:-1]]
+            before = KEPT * int(parts[0].name.rpartition("_")[2])
+            if (left := before + len(behind) - KEPT) > 0:
+                text += f"rank {rank}: ... {counted(left, 'line')} left out\n"
+            text += "\n".join([*behind[-KEPT:], ""])
+    return text
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode(errors="replace") if path.exists() else ""
 
 
 def _own_places(trace: str) -> list[str]:
@@ -231,17 +274,32 @@ def _own_places(trace: str) -> list[str]:
 
 
 class _Said(io.TextIOBase):
-    """Writes each line that a rank prints to a file that all share, whole, with the rank ahead of it."""
+    """Writes each line that a rank prints to a file, whole, with the rank ahead of it.
 
-    def __init__(self, rank: int, path: Path):
-        self._rank, self._begun = rank, ""
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    The first lines go to a file that all ranks share, so that one sees who spoke when. Of those behind them, a rank
+    keeps the last ones, in two parts: whoever prints without end fills neither the disk nor the notebook.
+    """
+
+    def __init__(self, rank: int, folder: Path):
+        self._rank, self._folder, self._begun, self._count = rank, folder, "", 0
+        self._file = self._open(SAID)
+
+    def _open(self, name: str) -> int:
+        return os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, text: str) -> int:
         """Write the lines that are complete with this, and keep the rest."""
-        *lines, self._begun = (self._begun + text).split("\n")
+        *lines, begun = (self._begun + text).split("\n")
+        self._begun = begun[: LONGEST + 1]
         for line in lines:
-            os.write(self._file, f"rank {self._rank}: {line}\n".encode())
+            part, place = divmod(self._count, KEPT)
+            if part and not place:
+                os.close(self._file)
+                self._file = self._open(f"{SAID}_rank{self._rank}_{part - 1:09}")
+                (self._folder / f"{SAID}_rank{self._rank}_{part - 3:09}").unlink(missing_ok=True)
+            self._count += 1
+            short = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+            os.write(self._file, f"rank {self._rank}: {short}\n".encode())
         return len(text)
 
     def end(self) -> None:
@@ -253,8 +311,11 @@ class _Said(io.TextIOBase):
 def _rank(call: Call, rank: int, folder: Path) -> bytes:
     """Be one rank of a call, and return what it returns, for the kernel to unpack."""
     told = heartbeat.Heartbeat(folder, rank)  # so that its stack can be asked for, as long as this is kept
+    with open(folder / f"log_rank{rank}.txt", "w") as log:
+        os.dup2(log.fileno(), 2)  # what a library says that ends the process
+    faulthandler.enable(os.open(folder / f"death_rank{rank}.txt", os.O_WRONLY | os.O_CREAT, 0o644))
     meet(rank, call.ranks, folder / STORE)
-    said = _Said(rank, folder / SAID)
+    said = _Said(rank, folder)
     try:
         with redirect_stdout(said), redirect_stderr(said):
             found = call.function(rank, call.ranks, *call.arguments)
@@ -293,7 +354,7 @@ def _answer(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     # Behind our own, which a file random.py of the learner's must not hide.
     sys.path += [path for path in asked["path"] if path not in sys.path]
     for place, call in enumerate(pickle.loads((directory / CALLS).read_bytes())):
-        folder, silent, failed = directory / str(place), list[int](), ""
+        folder, silent, failed, gone = directory / str(place), list[int](), "", None
         folder.mkdir()
 
         def ask(pids: Mapping[int, int], folder: Path = folder, silent: list[int] = silent) -> None:
@@ -306,8 +367,9 @@ def _answer(directory: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
             (folder / ANSWERS).write_bytes(pickle.dumps(answers))
         except RuntimeError as error:
             failed = str(error)
+            gone = (error.rank, error.code) if isinstance(error, Gone) else None
         brief = "failed" if failed else counted(call.ranks, "rank")
-        yield {"ranks": call.ranks, "failed": failed, "silent": silent, "brief": brief}
+        yield {"ranks": call.ranks, "failed": failed, "silent": silent, "gone": gone, "brief": brief}
         if failed:
             return
 

@@ -73,7 +73,29 @@ def test_a_control_that_could_not_run_is_not_found_out(tmp_path):
     crashed = vars(CONTROL) | {"equal": False, "reason": "RuntimeError: rank 0 is gone"}
     certificate = Certificate([found(), crashed], [], tmp_path)
     assert not certificate.passed and "0 of 1 controls were found out" in certificate.verdict
-    assert "FAILED: RuntimeError: rank 0 is gone" in str(certificate) and "FAILED" in _brief(crashed)
+    assert "FAILED (1)" in str(certificate) and "\n(1) RuntimeError: rank 0 is gone\n" in str(certificate)
+    assert "FAILED: RuntimeError: rank 0 is gone" in _brief(crashed)
+
+
+def test_a_table_has_short_rows_and_below_them_each_reason_once():
+    wrong, other = found(losses=[2.0, 2.0, 2.1]), found(initial={"absolute": 1e-9, "relative": 1e-9})
+    left = vars(CASE) | {"reason": "no memory"}
+    said = str(Certificate([found(), wrong, other, wrong], [left, left], None)).splitlines()
+    assert max(map(len, said)) <= 110
+    assert [line.split("   ")[-1].strip() for line in said[2:8]] == [
+        "equal",
+        "FAILED (1)",
+        "FAILED (2)",
+        "FAILED (1)",
+        "skipped (3)",
+        "skipped (3)",
+    ]
+    assert said[8:] == [
+        "(1) the parameters agree, and the losses do not",
+        "(2) stage 1 did not begin with the reference's weights",
+        "(3) no memory",
+        "FAILED: 1 of 4 pipelines equal one process; 2 rows were skipped",
+    ]
 
 
 def test_the_bar_says_of_a_control_that_it_was_found_out():

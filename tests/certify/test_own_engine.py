@@ -150,6 +150,19 @@ WRONG = {
         *(one_f_one_b, "1f1b", "in_flight.pop(number - ahead)", "in_flight[number - ahead]"),
         "rank 1 still holds the inputs of 4 micro-batches at once, and 1 is in flight",
     ),
+    "weights stepped": (
+        *(gpipe, None, "return total", "[p.data.sub_(0.1 * p.grad) for p in stage.parameters()]; return total"),
+        "the engine changed the weights of stage 0, 1; it should leave gradients in .grad and nothing else",
+    ),
+    "weights stepped and gradients cleared": (
+        *(
+            gpipe,
+            None,
+            "return total",
+            "torch.optim.SGD(stage.parameters(), 1).step(); stage.zero_grad(); return total",
+        ),
+        "the engine changed the weights of stage 0, 1; it should leave gradients in .grad and nothing else",
+    ),
     "gradients kept from step to step": (
         *(gpipe, None, "return total", "stage.more = getattr(stage, 'more', 0) + 1; return total * stage.more"),
         "the first step is right, and the second is not. What does the engine keep",
@@ -173,7 +186,10 @@ def test_an_engine_that_hangs_is_a_row_that_says_where():
     assert reason.startswith("no rank has returned within 3 s") and not certificate.passed
     for rank in (0, 1):
         assert re.search(rf"rank {rank} stands at: .*\(line \d+ of the cell, in gpipe\)", reason)
-    assert "skipped: not tried after a row that could not be computed" in str(certificate)
+    said = str(certificate)
+    assert said.count("FAILED (1)") == 1 and said.count("skipped (2)") == 3 and "controls were found" not in said
+    assert said.count("no rank has returned") == 1
+    assert said.count("(2) not tried after a row that could not be computed") == 1
 
 
 @pytest.mark.parametrize(

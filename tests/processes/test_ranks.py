@@ -1,17 +1,20 @@
 """A learner's own function in real ranks: what it returns and prints, where it fails, and that nothing stays."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import HANGS, processes_of, wait_until
 from jupyter_client.manager import start_new_kernel
 
-from pipetutor.processes.ranks import Call, on_ranks, outcomes
+from pipetutor.processes.ranks import LONGEST, SAID, Call, _printed, _Said, on_ranks, outcomes
 from pipetutor.processes.watch import RunFailed
 
 
@@ -73,7 +76,7 @@ def test_a_deadlock_is_ended_and_says_where_each_rank_stands(capsys):
             f"    rank {r} stands at: dist.recv(x, 1 - rank)   (line {line} of test_ranks.py, in hold)"
             for r in (0, 1)
         ),
-        "    rank 2 has returned",
+        "    rank 2 has returned: has all that it sent been waited for?",
         "If they were only slow, give a longer deadline.",
     ]
     assert failed.value.directory is None and "rank 2: waits" in capsys.readouterr().out
@@ -90,7 +93,29 @@ def wait_in_vain(rank, ranks):
 def test_a_rank_that_waits_for_one_that_has_returned_is_told_so_and_not_of_a_lost_connection():
     with pytest.raises(RunFailed) as failed:
         on_ranks(wait_in_vain, 2, deadline=2)
-    assert "    rank 0 has returned\n    rank 1 stands at: dist.recv(torch.zeros(1), 0)" in str(failed.value)
+    returned = "    rank 0 has returned: has all that it sent been waited for?\n"
+    assert f"{returned}    rank 1 stands at: dist.recv(torch.zeros(1), 0)" in str(failed.value)
+
+
+REST = """
+def rest(rank, ranks):
+    import os, signal, time
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600 * rank)
+"""
+
+
+def test_a_rank_without_a_line_to_stand_at_is_told_in_words(folder):
+    """Nobody receives, so that a rank that has returned owes nothing."""
+    names = {}
+    exec(compile(REST, "<frozen rest>", "exec"), names)
+    (found,) = outcomes([Call(names["rest"], 3)], 2, "call", folder / "one")
+    assert found.reason.splitlines()[1:4] == [
+        "    rank 0 has returned",
+        "    rank 1 does not say where it stands: its process may have been stopped",
+        "    rank 2 still runs, but in none of your lines",
+    ]
 
 
 def multiply(x):
@@ -129,10 +154,91 @@ def give(rank, ranks):
 
 
 def test_a_rank_that_is_gone_and_one_whose_answer_cannot_be_sent_are_told():
-    with pytest.raises(RunFailed, match=r"rank \d: it ended without an answer. Its process is gone"):
+    words = (
+        r"rank \d: it ended without an answer, with status 3. Its process is gone\n    It was ended by the function"
+    )
+    with pytest.raises(RunFailed, match=words):
         on_ranks(die, 2)
     with pytest.raises(RunFailed, match=r"raised TypeError: what give returned cannot be sent to the notebook: "):
         on_ranks(give, 2)
+
+
+def misfit(rank, ranks, shape, dtype):
+    import torch
+    import torch.distributed as dist
+
+    if rank == 0:
+        dist.send(torch.ones(4, 8), 1)
+        dist.recv(torch.empty(1), 1)  # and finds that rank 1 is gone
+    else:
+        dist.recv(torch.empty(shape, dtype=getattr(torch, dtype)), 0)
+
+
+@pytest.mark.parametrize("shape, dtype", [((3, 8), "float32"), ((4, 8), "float16")])
+def test_a_message_that_does_not_fit_where_it_is_received_is_told_in_words(shape, dtype):
+    """gloo ends the process then."""
+    with pytest.raises(RunFailed) as failed:
+        on_ranks(misfit, 2, shape, dtype)
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "rank 1: it ended without an answer, by signal 6 (Aborted). Its process is gone"
+    assert lines[1].startswith(
+        "    it stood at: dist.recv(torch.empty(shape, dtype=getattr(torch, dtype)), 0)   (line"
+    )
+    assert any(line.startswith("    it said: ") and "doesn't match expected size" in line for line in lines), lines
+    assert lines[-1] == "Did it receive into a tensor of another shape or dtype than what was sent?"
+
+
+def chatter(rank, ranks, lines):
+    print("x" * 50_000)
+    for number in range(lines):
+        print("line", number)
+    if rank:
+        while True:
+            print(end="y" * 10_000)
+
+
+def test_of_endless_printing_the_first_and_the_last_lines_are_kept(capsys, folder):
+    """Also on the disk, while it goes on."""
+    with pytest.raises(RunFailed, match="rank 1 stands at: "):
+        on_ranks(chatter, 2, 12_345, deadline=3)
+    said = capsys.readouterr().out.splitlines()
+    for rank in range(2):
+        mine = [line.removeprefix(f"rank {rank}: ") for line in said if line.startswith(f"rank {rank}: ")]
+        assert mine == [
+            "x" * LONGEST + " ...",
+            *(f"line {number}" for number in range(99)),
+            "... 12146 lines left out",
+            *(f"line {number}" for number in range(12_245, 12_345)),
+        ]
+    (found,) = outcomes([Call(chatter, 1, (12_345,))], 60, "call", folder / "one")
+    assert found.returned == [None]
+    kept = sum(len(path.read_text().splitlines()) for path in (folder / "one" / "0").glob(f"{SAID}*"))
+    assert 200 <= kept <= 300
+
+
+@pytest.mark.parametrize("lines", [99, 100, 150, 199, 200, 299, 300])
+def test_no_line_is_lost_without_a_word(lines, tmp_path):
+    said = _Said(4, tmp_path)
+    for number in range(lines):
+        print(number, file=said)
+    shown = _printed(tmp_path).splitlines()
+    wanted = [f"rank 4: {number}" for number in range(lines)]
+    if lines > 200:
+        wanted[100:-100] = [f"rank 4: ... {lines - 200} lines left out"]
+    assert shown == wanted
+
+
+def test_the_lesson_shows_how_to_do_without(tmp_path):
+    """Its program runs as it stands, but for the port, which somebody else may have."""
+    notebook = json.loads((Path(__file__).parents[2] / "notebooks" / "01_engine.ipynb").read_text())
+    text = next("".join(cell["source"]) for cell in notebook["cells"] if cell["id"] == "engine-without")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (tmp_path / "message.py").write_text(program.replace("29500", str(port)))
+    said = subprocess.run([sys.executable, "message.py"], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
+    assert said.returncode == 0, said.stderr
+    assert sorted(said.stdout.splitlines()) == [f"rank {rank} has tensor([1., 1., 1.])" for rank in (0, 1)]
 
 
 def test_no_call_is_made_after_one_that_fails(folder):
