@@ -363,7 +363,12 @@ except KeyboardInterrupt as interrupt:
 @pytest.mark.parametrize("end, code", [(signal.SIGINT, 7), (signal.SIGKILL, -9)])
 def test_nothing_outlives_an_interrupt_or_the_kernel(end, code, folder):
     (folder / "stuck.py").write_text(STUCK)
-    kernel = subprocess.Popen([sys.executable, "stuck.py"], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    kernel = subprocess.Popen(
+        [sys.executable, "stuck.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+    )
     wait_until(lambda: (folder / "begun0").exists() and (folder / "begun1").exists())
     assert len(processes_of(folder)) >= 4, "kernel, supervisor, job and ranks"
     os.kill(kernel.pid, end)
