@@ -7,7 +7,6 @@ with one for all.
 """
 
 import html
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import anywidget
 import traitlets
 
+from pipetutor.core.records import to_json
 from pipetutor.figures.picture import brief
 from pipetutor.figures.plots_timeline import LOOK_OF, LOOKS
 from pipetutor.schedule.causes import causes
@@ -276,7 +276,7 @@ def _page(game: dict[str, Any], text: str) -> str:
         said.append(f"Placed: {text.replace(chr(10), ' / ')}." if boxes else "Nothing is placed yet.")
     alternative = html.escape(" ".join(filter(None, said)))
     words = "".join(f"<p>{html.escape(part)}</p>" for part in (game["name"], game["task"]) if part)
-    state = json.dumps({**game, "start": text}).replace("<", "\\u003c")
+    state = to_json({**game, "start": text}).replace("<", "\\u003c")
     return (
         f'<div data-pipetutor-board="">{words}{_svg(game["ranks"], boxes, room, alternative)}'
         f'<script type="application/json">{state}</script></div>'
