@@ -261,7 +261,7 @@ def test_the_printed_command_names_the_devices_and_stays_on_this_host(
     monkeypatch.delenv("DS_ACCELERATOR")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setattr(launchers, "_program", lambda: ["deepspeed"])  # else, below a path with spaces, another
     assert shlex.join(launchers.deepspeed(2)).replace("'", "").startswith(f"{printed}--master_port")
     (tmp_path / "hostfile").write_text("another slots=2\n")
     monkeypatch.setattr(launchers, "HOSTFILE", tmp_path / "hostfile")
