@@ -131,7 +131,7 @@ def test_so_it_is_in_jupyterlab(tmp_path, gone):
     look = "from jupyter_client.kernelspec import KernelSpecManager as M; print(M().get_kernel_spec('python3').argv)"
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/bash\n[[ "$*" != *jupyterlab* ]] || exec '{sys.executable}' -c "{look}"\n')
+    python.write_text(f'#!/bin/bash\n[[ "$*" != *jupyterlab* ]] || exec "{sys.executable}" -c "{look}"\n')
     python.chmod(0o755)
     (tmp_path / "venv" / ".pipetutor-ready").touch()
     lab = ["make", "--silent", "lab", f"VENV={tmp_path / 'venv'}"]

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from conftest import HANGS, SMALL
