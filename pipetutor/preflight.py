@@ -4,6 +4,7 @@
 the same words. No torch: it answers in milliseconds, unless a run on the CPU asks for numbers of 16 bits.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -137,7 +138,7 @@ def _schedule(options: Options, batch: Batch) -> tuple[Options, list[str]]:
     schedule = options.schedule
     if isinstance(schedule, str) and schedule in SCHEDULES:
         return options, []
-    if isinstance(schedule, Path) or (isinstance(schedule, str) and not re.search(r"[\s,]", schedule)):
+    if isinstance(schedule, Path) or (isinstance(schedule, str) and _is_path(schedule)):
         schedule = _read_schedule(Path(schedule))
     try:
         streams = streams_of(schedule, options.stages, batch.accumulation)
@@ -166,6 +167,11 @@ def _schedule(options: Options, batch: Batch) -> tuple[Options, list[str]]:
         f"backward pass is two forward passes long; at most {counted(max(held), 'micro-batch')} in flight on a rank"
     )
     return replace(options, schedule=csv(streams)), [notice]
+
+
+def _is_path(schedule: str) -> bool:
+    """Tell a path from passes: it may hold blanks and commas, too, but then the file is there."""
+    return not re.search(r"[\s,]", schedule) or os.path.isfile(schedule)
 
 
 def _read_schedule(path: Path) -> str:

@@ -587,6 +587,14 @@ def test_launch_starts_a_run_or_says_in_one_line_why_not(nothing_starts, runs, o
     assert not list(runs.parent.iterdir())
 
 
+def test_a_schedule_is_read_below_a_path_with_blanks_and_commas(tmp_path):
+    path = tmp_path / "of mine, too" / "schedule.csv"
+    path.parent.mkdir()
+    path.write_text(MINE)
+    for given in (path, str(path), MINE):
+        assert planned(dict(TORCH, schedule=given)).streams == build("gpipe", 2, 32)
+
+
 @SEEN
 @given(st.dictionaries(st.sampled_from(parameters(Options)), ANYTHING, min_size=1, max_size=2))
 def test_what_preflight_accepts_is_consistent(options):
