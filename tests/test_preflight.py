@@ -591,8 +591,8 @@ def test_a_schedule_is_read_below_a_path_with_blanks_and_commas(tmp_path):
     path = tmp_path / "of mine, too" / "schedule.csv"
     path.parent.mkdir()
     path.write_text(MINE)
-    for given in (path, str(path), MINE):
-        assert planned(dict(TORCH, schedule=given)).streams == build("gpipe", 2, 32)
+    for way in (path, str(path), MINE):
+        assert planned(dict(TORCH, schedule=way)).streams == build("gpipe", 2, 32)
 
 
 @SEEN
