@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipetutor.schedule.rules import ScheduleError, check, placement
+from pipetutor.schedule.rules import ScheduleError, check, form_of
 from pipetutor.schedule.simulate import Costs, simulate
 from pipetutor.schedule.text import streams_of
 from pipetutor.schedule.timeline import peak_live
@@ -177,19 +177,19 @@ def grade(puzzle: Puzzle, schedule: Any) -> Score:
         check(streams)
     except ScheduleError as error:
         return Score(None, None, None, False, str(error))
-    passes = [instruction for stream in streams for instruction in stream if instruction.micro_batch is not None]
-    micro_batches = 1 + max(instruction.micro_batch or 0 for instruction in passes)
-    reason = ""
-    if micro_batches != puzzle.micro_batches:
-        reason = f"micro-batches: it has {micro_batches}, and {puzzle.micro_batches} are wanted"
-    elif placement(streams) != puzzle.placement:
-        found, wanted = placement(streams), puzzle.placement
+    form, wanted = form_of(streams), puzzle.placement
+    found, reason = form.holders, ""
+    if form.micro_batches != puzzle.micro_batches:
+        reason = f"micro-batches: it has {form.micro_batches}, and {puzzle.micro_batches} are wanted"
+    elif form.stages > len(wanted):
+        reason = f"stages: it has {form.stages}, and {len(wanted)} are wanted"
+    elif found != wanted:
         stage = next(s for s in range(len(wanted)) if found[s : s + 1] != wanted[s : s + 1])
         reason = (
             f"the ranks of its stages are {found}, and should be {wanted}: {stage}F0, say, is on stage {stage} "
             f"and belongs to the row of rank {wanted[stage]}"
         )
-    elif not puzzle.split and any(instruction.name == "BackwardInput" for instruction in passes):
+    elif not puzzle.split and any(one.name == "BackwardInput" for stream in streams for one in stream):
         reason = "it splits backward passes, and here they are whole: B, not I and W"
     if reason:
         return Score(None, None, None, False, reason)

@@ -62,6 +62,7 @@ def test_the_numbers_of_the_tasks_are_those_of_known_schedules(name):
         ("twelve slots", "F0 B1 / F0 / F0", ["rank 0 never runs BackwardPass 0"]),
         ("twelve slots", "", ["nothing is placed yet"]),
         ("twelve slots", ".\n.\n.", ["nothing is placed yet"]),
+        ("twelve slots", build("interleaved_1f1b", 2, 4, chunks=2), ["stages: it has 4, and 3 are wanted"]),
         ("twelve slots", "nothing", ["'nothing' is no pass"]),
         ("twelve slots", build("gpipe", 3, 5), ["it has 5, and 4 are wanted"]),
         (
