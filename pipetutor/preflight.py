@@ -23,7 +23,7 @@ from pipetutor.options import PROFILE, Options
 from pipetutor.processes.faults import Fault
 from pipetutor.schedule.formulas import idle_share
 from pipetutor.schedule.orders import LOOPED, SCHEDULES, stages_a_rank
-from pipetutor.schedule.rules import ScheduleError, placement
+from pipetutor.schedule.rules import ScheduleError, form_of
 from pipetutor.schedule.rules import check as check_schedule
 from pipetutor.schedule.text import csv, streams_of
 from pipetutor.system import machine
@@ -145,25 +145,24 @@ def _schedule(options: Options, batch: Batch) -> tuple[Options, list[str]]:
         check_schedule(streams)
     except ScheduleError as error:
         raise ValueError(f"schedule: {error}") from None
-    holders = placement(streams)
+    form = form_of(streams)
     if len(streams) != options.stages:
         raise ValueError(
             f"the schedule is for {counted(len(streams), 'rank')}, and stages is {options.stages}: write a row a "
             f"rank, or give stages={len(streams)} (-p {len(streams)})"
         )
-    micro_batches = 1 + max(i.micro_batch for i in streams[0] if i.micro_batch is not None)
-    if micro_batches != batch.accumulation:
+    if form.micro_batches != batch.accumulation:
         raise ValueError(
-            f"the schedule has {counted(micro_batches, 'micro-batch')}, and a train batch of {batch.train} in "
+            f"the schedule has {counted(form.micro_batches, 'micro-batch')}, and a train batch of {batch.train} in "
             f"micro-batches of {batch.micro} has {batch.accumulation}: change the schedule, or the config, with "
-            f"train_batch_size {batch.micro * micro_batches}, say"
+            f"train_batch_size {batch.micro * form.micro_batches}, say"
         )
     from pipetutor.schedule import simulate, timeline  # numpy: loaded only by who brings a schedule
 
-    played = simulate.simulate(streams, simulate.Costs.equal(len(holders)))
+    played = simulate.simulate(streams, simulate.Costs.equal(form.stages))
     held = [peak.micro_batches for peak in timeline.peak_live(played)]
     notice = (
-        f"your schedule: {counted(len(holders), 'stage')} of equal work idle {played.bubble:.1%} of each step, if a "
+        f"your schedule: {counted(form.stages, 'stage')} of equal work idle {played.bubble:.1%} of each step, if a "
         f"backward pass is two forward passes long; at most {counted(max(held), 'micro-batch')} in flight on a rank"
     )
     return replace(options, schedule=csv(streams)), [notice]

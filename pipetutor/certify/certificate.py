@@ -51,7 +51,7 @@ WAYS = {  # in which two stages train, and with how many replicas
     "DualPipeV": 1,
     "torch DualPipeV": 1,
 }
-V_SHAPED = ("DualPipeV", "torch DualPipeV")  # each rank holds two stages
+TWO_STAGES_A_RANK = ("DualPipeV", "torch DualPipeV")
 GIGABYTES_A_RANK = 0.5  # measured: 8 ranks of AlexNet share what they can, and take 3.7 together
 
 
@@ -193,7 +193,7 @@ def certify(
     for case in skipped:
         case["reason"] = f"{case['stages'] * case['replicas']} ranks, and there is memory for {room}"
     if models[-1] in about and len(about[models[-1]]) < 2 * last["stages"]:
-        short = [case for case in cases if case["way"] in V_SHAPED and case not in skipped]
+        short = [case for case in cases if case["way"] in TWO_STAGES_A_RANK and case not in skipped]
         for case in short:
             case["reason"] = f"{2 * last['stages']} stages, and the model has {len(about[models[-1]])} layers"
         skipped += short

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipetutor.certify.certificate import CONTROLS, NARROW, V_SHAPED
+from pipetutor.certify.certificate import CONTROLS, NARROW, TWO_STAGES_A_RANK
 from pipetutor.core.clipping import clip_gradients
 from pipetutor.core.model import Model, build_model
 from pipetutor.core.partition import bounds_for
@@ -70,7 +70,7 @@ class Case:
     @property
     def parts(self) -> int:
         """Stages of the model: one or two on each rank."""
-        return self.stages * (2 if self.way in V_SHAPED else 1)
+        return self.stages * (2 if self.way in TWO_STAGES_A_RANK else 1)
 
     @property
     def zero_stage(self) -> int:
@@ -270,7 +270,7 @@ def _engine(case: Case, model: Model, bounds: list[int], longest: float) -> Any:
     from pipetutor.core.torch_engine import TorchPipeline
 
     inputs, _ = loader.example(loader.load(case.dataset, True, -1, DATA_DIR), MICRO_BATCH)
-    streams = build("dualpipev" if case.way in V_SHAPED else "1f1b", case.stages, case.micro_batches)
+    streams = build("dualpipev" if case.way in TWO_STAGES_A_RANK else "1f1b", case.stages, case.micro_batches)
     return TorchPipeline(model, streams, bounds, config, inputs)
 
 
@@ -346,7 +346,7 @@ def judge(case: Case, ranks: list[dict[str, Any]], losses: list[float]) -> dict[
     row["loss"] = {"absolute": max(loss), "relative": max(relative)}
     reasons = []
     same, limit = (MARGIN * TOLERANCE, MARGIN * TOLERANCE) if case.control else (0.0, TOLERANCE)
-    part = "rank" if case.way in V_SHAPED else "stage"  # such a rank holds two
+    part = "rank" if case.way in TWO_STAGES_A_RANK else "stage"  # such a rank holds two
     others = sorted({rank["stage"] for rank in ranks if rank["initial"]["relative"] > same})
     wrong = {rank["stage"]: rank["gradient"]["factor"] for rank in ranks if rank["gradient"]["relative"] > limit}
     if others:

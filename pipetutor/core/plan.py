@@ -8,7 +8,7 @@ from pipetutor.core.batch import Batch
 from pipetutor.core.description import Data
 from pipetutor.core.partition import Layer
 from pipetutor.options import Options
-from pipetutor.schedule.orders import SCHEDULES, Instruction, build
+from pipetutor.schedule.orders import SCHEDULES, Instruction, build, placement_of
 from pipetutor.schedule.rules import placement
 from pipetutor.schedule.text import parse
 
@@ -58,7 +58,9 @@ class Plan:
     @cached_property
     def placement(self) -> tuple[int, ...]:
         """The rank, of a pipeline's, that holds each stage of the model; none for the baseline."""
-        return placement(self.streams)
+        if self.schedule not in SCHEDULES:
+            return placement(self.streams)
+        return placement_of(self.schedule, self.options.stages, self.options.chunks)
 
     def record(self) -> dict[str, Any]:
         """Return the plan as the fields of run.json."""

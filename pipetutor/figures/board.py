@@ -25,14 +25,13 @@ from pipetutor.schedule.orders import Instruction
 from pipetutor.schedule.puzzles import Puzzle
 from pipetutor.schedule.rules import PASSES, ScheduleError, check, picture
 from pipetutor.schedule.simulate import Costs, simulate
-from pipetutor.schedule.text import parse, streams_of
+from pipetutor.schedule.text import LETTER, parse, streams_of, word
 from pipetutor.schedule.timeline import KINDS, Timeline
 
 __all__ = ["MOUNT", "Board", "board"]
 
 MODULE = Path(__file__).with_suffix(".js").read_text()
 MOUNT = f"{MODULE}\nmountAll();\n"  # in a page: make the boards
-LETTER = dict(zip(PASSES, "FBIW", strict=True))
 MOST = 2000  # passes of a board, spans of a timeline: more of them nobody can read, nor a browser draw at once
 
 
@@ -204,9 +203,7 @@ def _placed(game: dict[str, Any], start: Any) -> str:
 
 def _text(placement: Sequence[int], rows: Sequence[Sequence[Instruction]]) -> str:
     numbered = [*placement] != [*range(len(rows))]
-    lines = (
-        " ".join(f"{one.stage if numbered else ''}{LETTER[one.name]}{one.micro_batch}" for one in row) for row in rows
-    )
+    lines = (" ".join(word(one, numbered) for one in row) for row in rows)
     return "\n".join(line or "." for line in lines)
 
 

@@ -22,7 +22,7 @@ from pipetutor.schedule.timeline import CATEGORIES, KINDS, Timeline
 
 __all__ = ["Gap", "Piece", "causes", "critical_path", "path_words"]
 
-PASSES = {"RecvActivation": ("ForwardPass",), "RecvGrad": ("BackwardInput", "BackwardPass")}  # which make a message
+MADE_BY = {"RecvActivation": ("ForwardPass",), "RecvGrad": ("BackwardInput", "BackwardPass")}  # a message
 SHOWN = 4  # pieces of a chain that a sentence names
 SMALL = 0.05  # shares of a gap for which it has no words
 
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
     def __str__(self) -> str:
         if self.name in PARTNERS:
             there = self.stage + PARTNERS[self.name][1]
-            sender, receiver = (there, self.stage) if self.name in PASSES else (self.stage, there)
+            sender, receiver = (there, self.stage) if self.name in MADE_BY else (self.stage, there)
             return f"{_message(self.name, self.micro_batch)} on its way from stage {sender} to {receiver}"
         if not self.name:
             return f"rank {self.rank} between two instructions"
@@ -292,8 +292,8 @@ class _Walk:
         partner, direction = PARTNERS[name]
         there = stage + direction
         message = _message(name, micro_batch)
-        reason = f"{message} from stage {there}" if name in PASSES else f"stage {there} to take {message}"
-        for wanted in (*PASSES.get(name, ()), partner):
+        reason = f"{message} from stage {there}" if name in MADE_BY else f"stage {there} to take {message}"
+        for wanted in (*MADE_BY.get(name, ()), partner):
             if (place := self._place.get((wanted, there, replica, micro_batch))) is not None:
                 return place, reason
         where = self._rank_of.get((there, replica))
@@ -324,10 +324,10 @@ class _Walk:
         for rank, names in enumerate(self._names):
             for index, name in enumerate(names):
                 span = self._spans[rank][index]
-                if name not in PASSES or not (self._background or span["waiting"] > 0):
+                if name not in MADE_BY or not (self._background or span["waiting"] > 0):
                     continue
                 awaited, _ = self._awaited(rank, index)
-                if awaited is None or awaited[1] is None or self._names[awaited[0]][awaited[1]] not in PASSES[name]:
+                if awaited is None or awaited[1] is None or self._names[awaited[0]][awaited[1]] not in MADE_BY[name]:
                     continue
                 made = float(self._spans[awaited[0]]["end"][awaited[1]])
                 if self._background or abs(made - float(span["begin"] + span["waiting"])) <= self._least:

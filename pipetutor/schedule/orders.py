@@ -20,10 +20,13 @@ __all__ = [
     "build",
     "deepspeed_1f1b",
     "gpipe",
+    "placement_of",
     "stages_a_rank",
 ]
 
 STEP = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+PASSES = ("ForwardPass", "BackwardPass", "BackwardInput", "BackwardWeight")
+PASS_OF = dict(zip("FBIW", PASSES, strict=True))  # by the letter that stands for it in texts
 PARTNERS = {
     "SendActivation": ("RecvActivation", 1),
     "RecvActivation": ("SendActivation", -1),
@@ -82,7 +85,8 @@ def _require_as_many_as_stages(ranks: int, micro_batches: int) -> None:
         )
 
 
-def _end(rank: int) -> Iterator[Instruction]:
+def step_end(rank: int) -> Iterator[Instruction]:
+    """Yield what ends a rank's step: gradients are averaged, then the weights change."""
     yield Instruction("ReduceGrads", rank, None)
     yield Instruction("OptimizerStep", rank, None)
 
@@ -112,7 +116,7 @@ def naive(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
     for micro_batch in range(micro_batches):
         yield Instruction("ForwardPass", rank, micro_batch)
         yield Instruction("BackwardPass", rank, micro_batch)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def gpipe(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
@@ -128,7 +132,7 @@ def gpipe(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
     for name in ("ForwardPass", "BackwardPass"):
         for micro_batch in range(micro_batches):
             yield Instruction(name, rank, micro_batch)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def _alternate(count: int, warm_up: int) -> Iterator[tuple[bool, int]]:
@@ -153,7 +157,7 @@ def one_f_one_b(ranks: int, micro_batches: int, rank: int) -> Iterator[Instructi
     require(ranks, micro_batches, rank)
     for forward, number in _alternate(micro_batches, min(ranks - 1 - rank, micro_batches)):
         yield Instruction("ForwardPass" if forward else "BackwardPass", rank, number)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def interleaved_1f1b(ranks: int, micro_batches: int, rank: int, chunks: int = 2) -> Iterator[Instruction]:
@@ -191,7 +195,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, rank: int, chunks: int = 2)
             yield Instruction("ForwardPass", chunk * ranks + rank, micro_batch)
         else:
             yield Instruction("BackwardPass", (chunks - 1 - chunk) * ranks + rank, micro_batch)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def zero_bubble(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
@@ -212,7 +216,7 @@ def zero_bubble(ranks: int, micro_batches: int, rank: int) -> Iterator[Instructi
             yield Instruction("BackwardWeight", rank, number - rank)
     for number in range(max(micro_batches - rank, 0), micro_batches):
         yield Instruction("BackwardWeight", rank, number)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def looped_bfs(ranks: int, micro_batches: int, rank: int, chunks: int = 2) -> Iterator[Instruction]:
@@ -237,7 +241,7 @@ def looped_bfs(ranks: int, micro_batches: int, rank: int, chunks: int = 2) -> It
     for stage in reversed(stages):
         for micro_batch in reversed(range(micro_batches)):
             yield Instruction("BackwardPass", stage, micro_batch)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def _in_turn(words: str, stages: tuple[int, int], micro_batches: int) -> Iterator[Instruction]:
@@ -246,14 +250,13 @@ def _in_turn(words: str, stages: tuple[int, int], micro_batches: int) -> Iterato
     B is a backward pass, I its input half, W the weight half. Each kind takes micro-batches one after the
     other, and leaves out those that there are not.
     """
-    names = {"F": "ForwardPass", "B": "BackwardPass", "I": "BackwardInput", "W": "BackwardWeight"}
     done: Counter[str] = Counter()
     for word in words.split():
         letter, held = word[0], word[1]
         kinds = "IW" if letter == "B" else letter
         number = done[kinds[0] + held]
         if number < micro_batches:
-            yield Instruction(names[letter], stages[int(held)], number)
+            yield Instruction(PASS_OF[letter], stages[int(held)], number)
         done.update(kind + held for kind in kinds)
 
 
@@ -284,7 +287,7 @@ def zbv(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
         + "W0 " * rank
     )
     yield from _in_turn(words, (rank, 2 * ranks - 1 - rank), micro_batches)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 def dualpipev(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction]:
@@ -323,7 +326,7 @@ def dualpipev(ranks: int, micro_batches: int, rank: int) -> Iterator[Instruction
         + "".join(f"W{held} " for held in late[below:])
     )
     yield from _in_turn(words, (rank, 2 * ranks - 1 - rank), micro_batches)
-    yield from _end(rank)
+    yield from step_end(rank)
 
 
 SCHEDULES: dict[str, Callable[..., Iterator[Instruction]]] = {
@@ -347,6 +350,16 @@ def stages_a_rank(schedule: str, chunks: int = 1) -> int:
     (2, 3)
     """
     return 2 if schedule in V_SHAPED else chunks
+
+
+def placement_of(schedule: str, ranks: int, chunks: int = 1) -> tuple[int, ...]:
+    """Return the rank that holds each stage of the model, whatever the number of micro-batches.
+
+    >>> placement_of("looped_bfs", 2, 2), placement_of("zbv", 2)
+    ((0, 1, 0, 1), (0, 1, 1, 0))
+    """
+    down = tuple(range(ranks))
+    return down + down[::-1] if schedule in V_SHAPED else down * chunks
 
 
 def require_schedule(schedule: str, ranks: int, micro_batches: int, chunks: int) -> None:
@@ -437,4 +450,4 @@ def deepspeed_1f1b(stages: int, micro_batches: int, stage: int) -> Iterator[Inst
             unsent = [] if first else [Instruction("SendGrad", stage, number)]
     yield from unsent
     yield Instruction("ReduceTiedGrads", stage, None)
-    yield from _end(stage)
+    yield from step_end(stage)

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pipetutor.schedule.orders import PARTNERS, STEP, Instruction
+from pipetutor.schedule.orders import PARTNERS, PASSES, STEP, Instruction
 
-__all__ = ["LETTERS", "PASSES", "ScheduleError", "check", "picture", "placement"]
+__all__ = ["LETTERS", "PASSES", "ScheduleError", "check", "form_of", "picture", "placement"]
 
 LETTERS = {
     "ForwardPass": "F",
@@ -24,8 +24,6 @@ LETTERS = {
     "RecvGrad": "RG",
 }
 
-
-PASSES = ("ForwardPass", "BackwardPass", "BackwardInput", "BackwardWeight")
 GRADIENT = ("BackwardPass", "BackwardInput")  # either makes the gradient that the stage before waits for
 TRANSFERS = ("LoadMicroBatch", *PARTNERS)
 
@@ -220,7 +218,7 @@ def _slots(form: Form, streams: Sequence[Sequence[Instruction]]) -> Iterator[lis
         yield row
 
 
-def _form(streams: Sequence[Sequence[Instruction]]) -> Form:
+def form_of(streams: Sequence[Sequence[Instruction]]) -> Form:
     """Tell from the streams which rank holds which stage: the one that runs most of its passes."""
     ranks: dict[int, Counter[int]] = {}
     for rank, stream in enumerate(streams):
@@ -244,7 +242,7 @@ def placement(streams: Sequence[Sequence[Instruction]]) -> tuple[int, ...]:
     >>> placement(build("interleaved_1f1b", 2, 2, chunks=2))
     (0, 1, 0, 1)
     """
-    return _form(streams).holders
+    return form_of(streams).holders
 
 
 def check(streams: Sequence[Sequence[Instruction]]) -> None:
@@ -261,7 +259,7 @@ def check(streams: Sequence[Sequence[Instruction]]) -> None:
     >>> from pipetutor.schedule.orders import build
     >>> check(build("1f1b", 4, 8))
     """
-    form = _form(streams)
+    form = form_of(streams)
     if not form.micro_batches:
         raise ScheduleError(
             f"no pass is placed yet, in none of {len(streams)} streams: begin with ForwardPass 0 of stage 0, F0"
@@ -291,7 +289,7 @@ def picture(streams: Sequence[Sequence[Instruction]], placement: Sequence[int] |
     F0 F1 .  .  B0 B1
     .  F0 F1 B0 B1 .
     """
-    form = Form(tuple(placement), 0, full=False) if placement else _form(streams)
+    form = Form(tuple(placement), 0, full=False) if placement else form_of(streams)
     passes = [[i for i in stream if i.micro_batch is not None] for stream in streams]
     numbered = form.holders != tuple(range(len(streams)))
     rows = []

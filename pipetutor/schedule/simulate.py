@@ -192,13 +192,11 @@ class _Program(NamedTuple):
         for name, table in where.items():
             chosen = np.flatnonzero(passes & (self.code == CODE[name]))
             table[self.stage[chosen], self.micro_batch[chosen]] = chosen
-        count_of = {name: table != NONE for name, table in where.items()}
-        if sum(map(np.count_nonzero, count_of.values())) != np.count_nonzero(passes):
+        placed = {name: table != NONE for name, table in where.items()}
+        if sum(map(np.count_nonzero, placed.values())) != np.count_nonzero(passes):
             self.refuse()
-        halves = count_of["BackwardInput"]
-        whole = (
-            count_of["ForwardPass"] & (halves == count_of["BackwardWeight"]) & (halves != count_of["BackwardPass"])
-        )
+        halves = placed["BackwardInput"]
+        whole = placed["ForwardPass"] & (halves == placed["BackwardWeight"]) & (halves != placed["BackwardPass"])
         if not whole.all():
             self.refuse()
         links = _Links(

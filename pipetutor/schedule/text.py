@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
-from pipetutor.schedule.orders import Instruction
-from pipetutor.schedule.rules import PASSES, ScheduleError
+from pipetutor.schedule.orders import PASS_OF, Instruction, step_end
+from pipetutor.schedule.rules import ScheduleError
 
-__all__ = ["csv", "parse", "streams_of"]
+__all__ = ["LETTER", "csv", "parse", "streams_of", "word"]
 
-NAMES = dict(zip("FBIW", PASSES, strict=True))
+LETTER = {name: letter for letter, name in PASS_OF.items()}
 PASS = re.compile(r"(\d{0,6})([FBIW])(\d{1,6})")
 OVERLAPPED = re.compile(r"\((\w+);(\w+)\)OVERLAP_F_B")
 LABEL = re.compile(r"\s*(?:rank\s*)?\d+\s*:")
@@ -72,8 +72,17 @@ def _stream(rank: int, row: str) -> list[Instruction]:
     stream = []
     for letter, stage, number in passes:
         half = letter == "B" and (stage, number) in weights - inputs
-        stream.append(Instruction("BackwardInput" if half else NAMES[letter], stage, number))
-    return [*stream, Instruction("ReduceGrads", rank), Instruction("OptimizerStep", rank)]
+        stream.append(Instruction("BackwardInput" if half else PASS_OF[letter], stage, number))
+    return [*stream, *step_end(rank)]
+
+
+def word(one: Instruction, numbered: bool = True) -> str:
+    """Write a pass, with the number of its stage or without.
+
+    >>> word(Instruction("BackwardInput", 5, 3)), word(Instruction("ForwardPass", 0, 1), numbered=False)
+    ('5I3', 'F1')
+    """
+    return f"{one.stage if numbered else ''}{LETTER[one.name]}{one.micro_batch}"
 
 
 def csv(streams: Sequence[Iterable[Instruction]]) -> str:
@@ -82,8 +91,7 @@ def csv(streams: Sequence[Iterable[Instruction]]) -> str:
     >>> csv(parse("F0 B0 / F0 B0"))
     '0F0,0B0\n1F0,1B0\n'
     """
-    letters = {name: letter for letter, name in NAMES.items()}
-    rows = ([f"{i.stage}{letters[i.name]}{i.micro_batch}" for i in stream if i.name in letters] for stream in streams)
+    rows = ([word(one) for one in stream if one.name in LETTER] for stream in streams)
     return "".join(",".join(row) + "\n" for row in rows)
 
 

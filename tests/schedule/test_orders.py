@@ -13,7 +13,7 @@ from random_schedules import accepted, full
 from pipetutor.schedule import formulas, orders, rules
 from pipetutor.schedule.formulas import closed_form
 from pipetutor.schedule.orders import SCHEDULES, STEP, Instruction, build
-from pipetutor.schedule.rules import ScheduleError, check, picture
+from pipetutor.schedule.rules import ScheduleError, check, picture, placement
 
 GRID = [(ranks, micro_batches) for ranks in range(1, 7) for micro_batches in (1, 2, 3, 4, 6, 8, 12, 15)]
 TORCH = {"FORWARD": "ForwardPass", "FULL_BACKWARD": "BackwardPass"}
@@ -316,3 +316,12 @@ def test_an_instruction_on_another_rank_is_found():
     streams[0].insert(0, streams[1].pop(1))
     with pytest.raises(ScheduleError, match="0: ForwardPass 0 of stage 1, but rank 1 holds stage 1"):
         check(streams)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_placement_of_a_name_is_that_of_its_streams(schedule):
+    for ranks, micro_batches, chunks in ((1, 2, 2), (2, 4, 3), (3, 6, 2)):
+        chunks = chunks if schedule in orders.LOOPED else 1
+        assert orders.placement_of(schedule, ranks, chunks) == placement(
+            build(schedule, ranks, micro_batches, chunks)
+        )
